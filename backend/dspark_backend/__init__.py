@@ -1,0 +1,1 @@
+"""DSpark serving engine: continuous batching and lossless speculative decoding, independent of any server."""

@@ -1,0 +1,1 @@
+"""Exports of verifier and drafter checkpoints to servable artifacts."""
