@@ -1,0 +1,1 @@
+"""The two models of speculative decoding, behind one small protocol."""

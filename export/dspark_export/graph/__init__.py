@@ -1,0 +1,1 @@
+"""Graphs are built from a family's description, not traced."""

@@ -1,0 +1,99 @@
+"""Index arithmetic of the ragged batch: computed once a step, read by every layer.
+
+Notation of the shapes: B tokens in all, R cache rows in view, Q most tokens of one request, N rows that want logits,
+Hq query heads, Hkv key/value heads, G = Hq / Hkv, D channels a head, C capacity of the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from dspark_export.decoder import Attention
+from dspark_export.graph.tape import GraphTape
+
+_MASKED = np.finfo(np.float32).min
+
+
+@dataclass(frozen=True)
+class RaggedInputs:
+    """Graph inputs that place every token of a step. All int64.
+
+    ``positions`` [B]: position in its sequence. ``rows`` [B]: cache row within the bound view. ``columns`` [B]: which of
+    its request's tokens it is in this step. ``query_index`` [R, Q]: the token of each (row, column), any token where
+    there is none.
+    """
+
+    positions: ir.Value
+    rows: ir.Value
+    columns: ir.Value
+    query_index: ir.Value
+
+
+@dataclass(frozen=True)
+class RaggedLayout:
+    """Indices shared by all layers."""
+
+    position_ids: ir.Value
+    """[1, B]"""
+    query_rows: ir.Value
+    """[R, Hkv, G*Q]: row of ``qk`` viewed as [B * (Hq + Hkv), D] for every query."""
+    key_rows: ir.Value
+    """[B, Hkv]: row of the same view for every new key."""
+    cache_index: ir.Value
+    """[B, Hkv, 3]: where new keys and values go in a cache [R, Hkv, C, D]."""
+    output_rows: ir.Value
+    """[B, Hq]: row of the attention output viewed as [R * Hkv * G*Q, D] for every token and head."""
+    bias: ir.Value
+    """float32 [R, 1, G*Q, C]: 0 where a query may look, hugely negative where it may not."""
+
+
+def ragged_layout(tape: GraphTape, inputs: RaggedInputs, attention: Attention, cache: ir.Value) -> RaggedLayout:
+    """Build the indices. ``cache`` is any layer's key cache [R, Hkv, C, D], read for its shape alone."""
+    heads, kv_heads, group = attention.num_heads, attention.num_kv_heads, attention.group
+    width = heads + kv_heads
+    query_width = tape.op("Shape", inputs.query_index, start=1, end=2)  # [1] = Q
+
+    # query_rows[r, h, g*Q + j] = query_index[r, j] * width + h*G + g
+    head_of = tape.constant(np.arange(heads).reshape(1, kv_heads, group, 1))
+    first = tape.op("Unsqueeze", tape.op("Mul", inputs.query_index, tape.constant(width)), tape.constant([1, 2]))
+    query_rows = tape.reshape(tape.op("Add", first, head_of), (0, kv_heads, -1))
+
+    token_count = tape.op("Shape", inputs.positions)
+    token = tape.op("Range", tape.constant(0), tape.op("Squeeze", token_count), tape.constant(1))
+    key_base = tape.op("Unsqueeze", tape.op("Mul", token, tape.constant(width)), tape.constant([1]))
+    key_rows = tape.op("Add", key_base, tape.constant(np.arange(heads, width).reshape(1, kv_heads)))
+
+    head_shape = tape.op("Concat", token_count, tape.constant([kv_heads, 1]), axis=0)
+    row = tape.op("Expand", tape.op("Unsqueeze", inputs.rows, tape.constant([1, 2])), head_shape)
+    head = tape.op("Expand", tape.constant(np.arange(kv_heads).reshape(1, kv_heads, 1)), head_shape)
+    position = tape.op("Expand", tape.op("Unsqueeze", inputs.positions, tape.constant([1, 2])), head_shape)
+    cache_index = tape.op("Concat", row, head, position, axis=2)
+
+    # output_rows[b, h] = (row[b] * Hq + h) * Q + column[b]
+    first_head = tape.op("Unsqueeze", tape.op("Mul", inputs.rows, tape.constant(heads)), tape.constant([1]))
+    row_heads = tape.op("Add", first_head, tape.constant(np.arange(heads)))
+    column = tape.op("Unsqueeze", inputs.columns, tape.constant([1]))
+    output_rows = tape.op("Add", tape.op("Mul", row_heads, query_width), column)
+
+    capacity = tape.op("Squeeze", tape.op("Shape", cache, start=2, end=3))
+    key_position = tape.op("Range", tape.constant(0), capacity, tape.constant(1))  # [C]
+    query_position = tape.op("Gather", inputs.positions, inputs.query_index, axis=0)  # [R, Q]
+    visible = tape.op(
+        "LessOrEqual", key_position, tape.op("Unsqueeze", query_position, tape.constant([2]))
+    )  # [R, Q, C]
+    bias = tape.op("Where", visible, tape.constant(0.0, np.float32), tape.constant(_MASKED, np.float32))
+    bias = tape.op("Unsqueeze", bias, tape.constant([1]))  # [R, 1, Q, C]
+    if group > 1:
+        bias = tape.op("Concat", *[bias] * group, axis=2)
+
+    return RaggedLayout(
+        position_ids=tape.op("Unsqueeze", inputs.positions, tape.constant([0])),
+        query_rows=query_rows,
+        key_rows=key_rows,
+        cache_index=cache_index,
+        output_rows=output_rows,
+        bias=bias,
+    )

@@ -1,0 +1,30 @@
+"""Where weights come from: one small protocol, an implementation a file format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class WeightSource(Protocol):
+    """A checkpoint whose tensors are read one at a time, under their Hugging Face names."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The checkpoint's config.json, or what a GGUF header says in its terms."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that make up the checkpoint, for the source hash."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor without reading it. Raises ExportError where it does not exist."""
+
+    def names(self) -> frozenset[str]:
+        """All tensors of the checkpoint."""
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as stored (float32, float16 or bfloat16), row-major. Raises ExportError where it cannot be read."""

@@ -1,0 +1,143 @@
+"""A GGUF file: its header in the terms of a Hugging Face config, its tensors dequantised one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from dspark_export.errors import ExportError
+
+_TOP = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def _hugging_face_name(name: str) -> str | None:
+    if name in _TOP:
+        return _TOP[name]
+    if not name.startswith("blk."):
+        return None
+    _, layer, part, kind = name.split(".")
+    return f"model.layers.{layer}.{_IN_LAYER[part]}.{kind}" if part in _IN_LAYER else None
+
+
+def _undo_rope_permutation(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of a llama q or k projection in the half-split order of Hugging Face.
+
+    GGUF files of the llama architecture store each head's rows for interleaved rotation: pair (i, i + d/2) at rows
+    (2i, 2i + 1).
+    """
+    grouped = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return np.ascontiguousarray(grouped.swapaxes(1, 2)).reshape(rows.shape)
+
+
+class GgufFile:
+    """Weights of a GGUF file, dequantised to float32.
+
+    Raises:
+        ExportError: not a GGUF file, or of an architecture we cannot build.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self.reader = gguf.GGUFReader(str(path))
+        except Exception as error:  # the reader raises whatever it trips over
+            raise ExportError(f"{path}: not a complete GGUF file ({error}); download it again") from error
+        self._tensors = {
+            renamed: tensor for tensor in self.reader.tensors if (renamed := _hugging_face_name(tensor.name)) is not None
+        }
+        self._config = self._read_config()
+
+    def field(self, key: str, default: Any = None) -> Any:
+        """The value of a header field, or ``default``."""
+        found = self.reader.get_field(key)
+        return default if found is None else found.contents()
+
+    def _read_config(self) -> dict[str, Any]:
+        architecture = self.field("general.architecture")
+        if architecture not in ("llama", "qwen3"):
+            raise ExportError(
+                f"{self._path}: expected general.architecture llama or qwen3, got {architecture!r}; "
+                "export other families from their Hugging Face folder"
+            )
+
+        def required(key: str) -> Any:
+            value = self.field(f"{architecture}.{key}")
+            if value is None:
+                raise ExportError(f"{self._path}: expected the header field {architecture}.{key}, found none")
+            return value
+
+        heads, hidden = required("attention.head_count"), required("embedding_length")
+        return {
+            "model_type": architecture,
+            "vocab_size": self._tensors["model.embed_tokens.weight"].shape[1].item(),
+            "hidden_size": hidden,
+            "intermediate_size": required("feed_forward_length"),
+            "num_hidden_layers": required("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.field(f"{architecture}.attention.head_count_kv", heads),
+            "head_dim": self.field(f"{architecture}.attention.key_length", hidden // heads),
+            "rms_norm_eps": required("attention.layer_norm_rms_epsilon"),
+            "rope_theta": self.field(f"{architecture}.rope.freq_base", 10000.0),
+            "rope_scaling": self._rope_scaling(architecture),
+            "max_position_embeddings": required("context_length"),
+            "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+        }
+
+    def _rope_scaling(self, architecture: str) -> dict[str, Any]:
+        for tensor in self.reader.tensors:
+            if tensor.name == "rope_freqs.weight":
+                return {"rope_type": "factors", "divisors": np.asarray(tensor.data, np.float32).tolist()}
+        kind = self.field(f"{architecture}.rope.scaling.type", "none")
+        if kind == "none":
+            return {}
+        return {"rope_type": kind, "factor": self.field(f"{architecture}.rope.scaling.factor", 1.0)}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self._path,)
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._tensors)
+
+    def _find(self, name: str) -> gguf.ReaderTensor:
+        if name not in self._tensors:
+            raise ExportError(f"{self._path}: expected a tensor for {name}, found none")
+        return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._find(name).shape))
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._find(name)
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        values = values.reshape(self.shape(name))
+        if self._config["model_type"] == "llama" and ".self_attn.q_proj." in name:
+            return _undo_rope_permutation(values, self._config["num_attention_heads"])
+        if self._config["model_type"] == "llama" and ".self_attn.k_proj." in name:
+            return _undo_rope_permutation(values, self._config["num_key_value_heads"])
+        return values

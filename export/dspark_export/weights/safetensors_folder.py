@@ -1,0 +1,86 @@
+"""A Hugging Face folder: config.json and one or more safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dspark_export.errors import ExportError
+
+_INDEX = "model.safetensors.index.json"
+
+
+class SafetensorsFolder:
+    """Weights of a Hugging Face folder. Only the shard of the tensor being read is open.
+
+    Raises:
+        ExportError: config.json or the weights are missing, or a shard named by the index is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise ExportError(f"{folder}: expected a Hugging Face folder with config.json, found none")
+        try:
+            self._config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ExportError(f"{config_file}: expected JSON, got {error}") from error
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    @cached_property
+    def _shards(self) -> tuple[Path, ...]:
+        index = self._folder / _INDEX
+        if index.is_file():
+            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = tuple(self._folder / name for name in sorted(set(weight_map.values())))
+        else:
+            shards = tuple(sorted(self._folder.glob("*.safetensors")))
+        if not shards:
+            raise ExportError(f"{self._folder}: expected *.safetensors files, found none")
+        missing = [shard.name for shard in shards if not shard.is_file()]
+        if missing:
+            raise ExportError(f"{self._folder}: {_INDEX} names {', '.join(missing)}, which is missing; download it again")
+        return shards
+
+    @cached_property
+    def _location(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
+        location = {}
+        for shard in self._shards:
+            try:
+                with safe_open(shard, framework="numpy") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                        location[name] = (shard, tuple(tensors.get_slice(name).get_shape()))
+            except SafetensorError as error:
+                raise ExportError(f"{shard}: not a complete safetensors file ({error}); download it again") from error
+        return location
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self._folder / "config.json", *self._shards)
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._location)
+
+    def _find(self, name: str) -> tuple[Path, tuple[int, ...]]:
+        if name not in self._location:
+            raise ExportError(f"{self._folder}: expected the tensor {name}, which no shard holds")
+        return self._location[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._find(name)[1]
+
+    def read(self, name: str) -> np.ndarray:
+        shard, _ = self._find(name)
+        with safe_open(shard, framework="numpy") as tensors:
+            return np.asarray(tensors.get_tensor(name))
