@@ -1,7 +1,7 @@
 """Errors that reach a user: one base class, one clear message each, a status for the wire.
 
-A message says what was expected, what came and what to do about it. The adapter maps ``status`` to Triton's error codes;
-nothing else in the engine knows about transport.
+A message says what was expected, what came and what to do about it. The adapter maps ``status`` to Triton's error
+codes; nothing else in the engine knows about transport.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ class RequestCancelled(DSparkError):
     """The client went away or asked to stop."""
 
     status = Status.CANCELLED
+
+
+class InternalError(DSparkError):
+    """Something broke on our side; the request is lost, the engine goes on."""
 
 
 class ArtifactError(DSparkError):

@@ -72,8 +72,8 @@ class SamplingParams:
         _require(0.0 < self.top_p <= 1.0, f"top_p: expected a number in (0, 1], got {self.top_p}")
         _require(0.0 <= self.min_p <= 1.0, f"min_p: expected a number in [0, 1], got {self.min_p}")
         _require(
-            0.0 < self.repetition_penalty <= 100.0,
-            f"repetition_penalty: expected a number in (0, 100], got {self.repetition_penalty}",
+            0.01 <= self.repetition_penalty <= 100.0,
+            f"repetition_penalty: expected a number in [0.01, 100], got {self.repetition_penalty}",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
@@ -122,6 +122,9 @@ class GenerationRequest:
             "expected exactly one of text_input, input_ids and messages, got "
             + (" and ".join("text_input" if name == "text" else name for name in given) or "none"),
         )
+        if self.input_ids is not None:
+            _require(len(self.input_ids) >= 1, "input_ids: expected at least one token, got none")
+            _require(min(self.input_ids) >= 0, f"input_ids: expected token ids from 0, got {min(self.input_ids)}")
         if self.max_tokens is not None:
             _require(self.max_tokens >= 1, f"max_tokens: expected at least 1, got {self.max_tokens}")
         _require(self.min_tokens >= 0, f"min_tokens: expected at least 0, got {self.min_tokens}")

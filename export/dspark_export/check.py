@@ -29,7 +29,7 @@ def check_verifier(directory: Path) -> None:
     """Run a short text through the artifact.
 
     Raises:
-        ExportError: the graph does not load, or its logits are not finite, or depend on the chunks they were computed in.
+        ExportError: the graph does not load, or its logits are not finite, or depend on how they were chunked.
     """
     try:
         stage = OnnxRuntimeVerifier(directory)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Rope:
     theta: float
     scaling: RopeScaling = RopeScaling()
 
-    def inverse_frequencies(self) -> np.ndarray:
+    def inverse_frequencies(self) -> NDArray[Any]:
         """Angular frequency of each pair of channels, float32 [head_dim / 2], radians a position.
 
         ``llama3`` follows the reference of Llama 3.1: low frequencies divided by ``factor``, high ones kept, those
@@ -47,10 +49,10 @@ class Rope:
             turns = scaling.original_max_position * inverse / (2 * np.pi)
             span = scaling.high_freq_factor - scaling.low_freq_factor
             keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
-            return (inverse / scaling.factor * (1 - keep) + inverse * keep).astype(np.float32)
+            return np.asarray(inverse / scaling.factor * (1 - keep) + inverse * keep, dtype=np.float32)
         raise ValueError(f"rope_type: expected default, linear, llama3 or factors, got {scaling.kind!r}")
 
-    def tables(self, positions: int) -> tuple[np.ndarray, np.ndarray]:
+    def tables(self, positions: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Cosines and sines of positions 0 .. positions-1, each float32 [positions, head_dim / 2]."""
         angles = np.outer(np.arange(positions, dtype=np.float32), self.inverse_frequencies())
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)

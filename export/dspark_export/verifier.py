@@ -73,7 +73,9 @@ def export_verifier(options: VerifierExport, progress: Progress) -> VerifierArti
     taps = _taps(decoder, options.target_layer_ids)
     max_context = min(decoder.max_position, options.max_context or DEFAULT_MAX_CONTEXT)
     if options.max_context and options.max_context > decoder.max_position:
-        raise ExportError(f"--max-context: expected at most the model's {decoder.max_position}, got {options.max_context}")
+        raise ExportError(
+            f"--max-context: expected at most the model's {decoder.max_position}, got {options.max_context}"
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     progress("hash the checkpoint", 0.0)
     digest = source_hash(weights.files)
@@ -95,9 +97,7 @@ def _taps(decoder: Decoder, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
         return decoder.default_taps()
     # The last layer's output has no later layer that a drafter could learn from (DESIGN: never the last layer).
     if not wanted or any(not 0 <= layer < decoder.num_layers - 1 for layer in wanted):
-        raise ExportError(
-            f"--target-layer-ids: expected layers from 0 to {decoder.num_layers - 2}, got {list(wanted)}"
-        )
+        raise ExportError(f"--target-layer-ids: expected layers from 0 to {decoder.num_layers - 2}, got {list(wanted)}")
     if list(wanted) != sorted(set(wanted)):
         raise ExportError(f"--target-layer-ids: expected ascending layers without repeats, got {list(wanted)}")
     return wanted
@@ -141,7 +141,7 @@ def _describe_artifact(
         target_layer_ids=taps,
         eos_token_ids=tuple(tokenizer.eos_token_ids) if tokenizer else (),
         bos_token_id=tokenizer.bos_token_id if tokenizer else None,
-        add_bos=tokenizer.add_bos if tokenizer else False,
+        add_bos=tokenizer.add_bos if tokenizer else None,
         bos_token=tokenizer.bos_token if tokenizer else None,
         eos_token=tokenizer.eos_token if tokenizer else None,
         chat_template=tokenizer.chat_template if tokenizer else None,

@@ -36,7 +36,7 @@ class VerifierArtifact:
     """Decoder layers whose outputs the graph hands out as features, in order."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
-    add_bos: bool
+    add_bos: bool | None
     bos_token: str | None
     eos_token: str | None
     chat_template: str | None
@@ -101,5 +101,5 @@ def _parse(path: Path, raw: Any, hint: str) -> VerifierArtifact:
     names = {field.name for field in fields(VerifierArtifact)}
     if missing := names - raw.keys():
         raise ArtifactError(f"{path}: expected the keys {', '.join(sorted(missing))}, which are missing; {hint}")
-    values = {name: tuple(raw[name]) if isinstance(raw[name], list) else raw[name] for name in names}
+    values: dict[str, Any] = {name: tuple(raw[name]) if isinstance(raw[name], list) else raw[name] for name in names}
     return VerifierArtifact(**values)

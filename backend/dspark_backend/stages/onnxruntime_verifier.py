@@ -28,7 +28,9 @@ class OnnxRuntimeVerifier:
     def __init__(self, directory: Path, threads: int = 0) -> None:
         self._artifact = load_verifier_artifact(directory)
         if self._artifact.runtime != "onnxruntime":
-            raise ArtifactError(f"{directory}: expected an artifact for onnxruntime, got one for {self._artifact.runtime}")
+            raise ArtifactError(
+                f"{directory}: expected an artifact for onnxruntime, got one for {self._artifact.runtime}"
+            )
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

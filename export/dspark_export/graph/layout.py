@@ -21,9 +21,9 @@ _MASKED = np.finfo(np.float32).min
 class RaggedInputs:
     """Graph inputs that place every token of a step. All int64.
 
-    ``positions`` [B]: position in its sequence. ``rows`` [B]: cache row within the bound view. ``columns`` [B]: which of
-    its request's tokens it is in this step. ``query_index`` [R, Q]: the token of each (row, column), any token where
-    there is none.
+    ``positions`` [B]: position in its sequence. ``rows`` [B]: cache row within the bound view. ``columns`` [B]: which
+    of its request's tokens it is in this step. ``query_index`` [R, Q]: the token of each (row, column), any token
+    where there is none.
     """
 
     positions: ir.Value

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 CONTRIB = "com.microsoft"
 OPSET = 21
@@ -31,9 +32,7 @@ class GraphTape:
         self._weight_dtype = weight_dtype
         self._constants: dict[tuple[str, bytes, tuple[int, ...]], ir.Value] = {}
 
-    def op(
-        self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any
-    ) -> Any:
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
         """Add a node. Returns its output, or the list of them where ``outputs`` is more than 1."""
         if outputs == 1:
             return self._tape.op(op_type, inputs, attributes, domain=domain)
@@ -48,34 +47,30 @@ class GraphTape:
             self._constants[key] = self._tape.initializer(ir.tensor(array, name=name))
         return self._constants[key]
 
-    def table(self, name: str, array: np.ndarray) -> ir.Value:
+    def table(self, name: str, array: NDArray[Any]) -> ir.Value:
         """A computed array, kept in its own dtype."""
         return self._tape.initializer(ir.tensor(array, name=name))
 
-    def weight(self, name: str, shape: Sequence[int], read: Callable[[], np.ndarray]) -> ir.Value:
+    def weight(self, name: str, shape: Sequence[int], read: Callable[[], NDArray[Any]]) -> ir.Value:
         """A checkpoint's tensor in the storage dtype, cast to float32 where that is another one."""
         dtype = _STORAGE[self._weight_dtype]
 
-        def load() -> ir.Tensor:
+        def load() -> ir.TensorProtocol:
             array = np.ascontiguousarray(read(), dtype=dtype.numpy())
             if array.shape != tuple(shape):
                 raise ValueError(f"{name}: expected shape {tuple(shape)}, got {array.shape}")
             return ir.Tensor(array, name=name)
 
-        stored = self._tape.initializer(ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name))
+        stored: ir.Value = self._tape.initializer(ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name))
         if dtype == ir.DataType.FLOAT:
             return stored
-        return self.op("Cast", stored, to=ir.DataType.FLOAT)
+        cast: ir.Value = self.op("Cast", stored, to=ir.DataType.FLOAT)
+        return cast
 
     def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
         """Reshape to a shape of constants, at most one of them -1; 0 keeps the input's size there."""
-        return self.op("Reshape", value, self.constant(shape))
-
-    def add(self, *values: ir.Value) -> ir.Value:
-        total = values[0]
-        for value in values[1:]:
-            total = self.op("Add", total, value)
-        return total
+        reshaped: ir.Value = self.op("Reshape", value, self.constant(shape))
+        return reshaped
 
     def model(
         self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], metadata: Mapping[str, str]

@@ -2,8 +2,8 @@
 
 Every choice here serves one property: the logits of a position do not depend, bit for bit, on how its tokens were
 batched, chunked or drafted. Linear layers run on [B, H] rows; new keys and values are scattered into the cache *before*
-attention reads it in position order; the query heads of a group are folded into rows, so that the batched products never
-have a single row (which would take another kernel).
+attention reads it in position order; the query heads of a group are folded into rows, so that the batched products
+never have a single row (which would take another kernel).
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ class VerifierGraph:
 
     def _norm(self, value: ir.Value, name: str) -> ir.Value:
         weight = self._matrix(name, self._decoder.hidden_size)
-        return self._tape.op("SimplifiedLayerNormalization", value, weight, axis=-1, epsilon=self._decoder.norm_eps)
+        normed: ir.Value = self._tape.op(
+            "SimplifiedLayerNormalization", value, weight, axis=-1, epsilon=self._decoder.norm_eps
+        )
+        return normed
 
     def _add_and_norm(self, value: ir.Value, residual: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
         """(norm(value + residual), value + residual)"""
@@ -120,7 +123,7 @@ class VerifierGraph:
             (inner, sum(widths)),
             lambda: np.concatenate([self._weights.read(f"{name}.weight") for name in full]).T,
         )
-        product = self._tape.op("MatMul", value, weight)
+        product: ir.Value = self._tape.op("MatMul", value, weight)
         if not bias:
             return product
         offset = self._tape.weight(
@@ -128,7 +131,8 @@ class VerifierGraph:
             (sum(widths),),
             lambda: np.concatenate([self._weights.read(f"{name}.bias") for name in full]),
         )
-        return self._tape.op("Add", product, offset)
+        shifted: ir.Value = self._tape.op("Add", product, offset)
+        return shifted
 
     def _attention(
         self,
@@ -156,7 +160,11 @@ class VerifierGraph:
         if attention.qk_norm:
             joined = self._head_norm(prefix, joined)
         rotated = tape.op(
-            "RotaryEmbedding", tape.reshape(joined, (1, -1, width * dim)), layout.position_ids, *rotation, domain=CONTRIB
+            "RotaryEmbedding",
+            tape.reshape(joined, (1, -1, width * dim)),
+            layout.position_ids,
+            *rotation,
+            domain=CONTRIB,
         )
         head_rows = tape.reshape(rotated, (-1, dim))
         key = tape.op("Gather", head_rows, layout.key_rows, axis=0)  # [B, Hkv, D]

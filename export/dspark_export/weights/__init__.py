@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
+from numpy.typing import NDArray
 
 
 class WeightSource(Protocol):
@@ -26,5 +26,5 @@ class WeightSource(Protocol):
     def names(self) -> frozenset[str]:
         """All tensors of the checkpoint."""
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor as stored (float32, float16 or bfloat16), row-major. Raises ExportError where it cannot be read."""
+    def read(self, name: str) -> NDArray[Any]:
+        """The tensor as stored (float32, float16 or bfloat16). Raises ExportError where it cannot be read."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from numpy.typing import NDArray
 
 from dspark_export.errors import ExportError
 
@@ -40,7 +41,7 @@ def _hugging_face_name(name: str) -> str | None:
     return f"model.layers.{layer}.{_IN_LAYER[part]}.{kind}" if part in _IN_LAYER else None
 
 
-def _undo_rope_permutation(rows: np.ndarray, heads: int) -> np.ndarray:
+def _undo_rope_permutation(rows: NDArray[Any], heads: int) -> NDArray[Any]:
     """Rows of a llama q or k projection in the half-split order of Hugging Face.
 
     GGUF files of the llama architecture store each head's rows for interleaved rotation: pair (i, i + d/2) at rows
@@ -64,7 +65,9 @@ class GgufFile:
         except Exception as error:  # the reader raises whatever it trips over
             raise ExportError(f"{path}: not a complete GGUF file ({error}); download it again") from error
         self._tensors = {
-            renamed: tensor for tensor in self.reader.tensors if (renamed := _hugging_face_name(tensor.name)) is not None
+            renamed: tensor
+            for tensor in self.reader.tensors
+            if (renamed := _hugging_face_name(tensor.name)) is not None
         }
         self._config = self._read_config()
 
@@ -132,7 +135,7 @@ class GgufFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(int(size) for size in reversed(self._find(name).shape))
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> NDArray[Any]:
         tensor = self._find(name)
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
         values = values.reshape(self.shape(name))

@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, which safetensors needs)
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from dspark_export.errors import ExportError
@@ -50,7 +51,9 @@ class SafetensorsFolder:
             raise ExportError(f"{self._folder}: expected *.safetensors files, found none")
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing:
-            raise ExportError(f"{self._folder}: {_INDEX} names {', '.join(missing)}, which is missing; download it again")
+            raise ExportError(
+                f"{self._folder}: {_INDEX} names {', '.join(missing)}, which is missing; download it again"
+            )
         return shards
 
     @cached_property
@@ -80,7 +83,7 @@ class SafetensorsFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[1]
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> NDArray[Any]:
         shard, _ = self._find(name)
         with safe_open(shard, framework="numpy") as tensors:
             return np.asarray(tensors.get_tensor(name))

@@ -1,0 +1,208 @@
+"""Slots of the key/value cache: who holds one, how long the cache is, what of an old prompt can be used again.
+
+The cache is one block of ``num_slots`` x ``capacity`` rows in the stage. Attention costs what the longest sequence in
+view costs, so the capacity follows the sequences that are really there, in steps; and sequences are kept in
+neighbouring slots. Memory is promised at admission, for the whole length that a sequence may reach: nothing is ever
+evicted midway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_backend.errors import DSparkError
+from dspark_backend.stages.batch import RowMove
+from dspark_backend.stages.protocol import VerifierStage
+
+_MIN_REUSE = 4
+"""Fewer cached tokens than this are not worth copying."""
+
+
+def capacity_for(length: int) -> int:
+    """Rows to hold ``length`` tokens: in steps of 128, then 512, then 1024, so that growth is rare."""
+    step = 128 if length <= 1024 else 512 if length <= 4096 else 1024
+    return -(-max(length, 1) // step) * step
+
+
+@dataclass(eq=False)
+class Slot:
+    """A place in the cache. ``index`` changes when sequences are moved together: read it anew each step."""
+
+    index: int
+    reserved: int = 0
+    """Tokens promised to the sequence that holds it; 0 where it is free."""
+    released: int = 0
+    """When it was freed, on the cache's own clock: the latest are kept longest."""
+    _tokens: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    _length: int = 0
+
+    @property
+    def free(self) -> bool:
+        return self.reserved == 0
+
+    @property
+    def length(self) -> int:
+        """Valid rows: tokens whose keys and values are in the cache."""
+        return self._length
+
+    @property
+    def tokens(self) -> NDArray[np.int64]:
+        """The tokens of the valid rows, int64 [length]: a view."""
+        return self._tokens[: self._length]
+
+    def commit(self, token_ids: Sequence[int]) -> None:
+        """Rows length .. length+n-1 now hold these tokens."""
+        end = self._length + len(token_ids)
+        if end > len(self._tokens):
+            grown = np.empty(capacity_for(end), dtype=np.int64)
+            grown[: self._length] = self.tokens
+            self._tokens = grown
+        self._tokens[self._length : end] = token_ids
+        self._length = end
+
+    def truncate(self, length: int) -> None:
+        """Forget the rows from ``length`` on."""
+        self._length = min(self._length, length)
+
+
+def common_prefix(left: NDArray[np.int64], right: NDArray[np.int64]) -> int:
+    """Tokens at the start that two sequences share."""
+    count = min(len(left), len(right))
+    different = np.flatnonzero(left[:count] != right[:count])
+    return int(different[0]) if different.size else count
+
+
+class KvCache:
+    """Slots over a stage's cache.
+
+    Raises:
+        DSparkError: the budget does not hold even one sequence of two tokens.
+    """
+
+    def __init__(self, stage: VerifierStage, max_slots: int, budget_bytes: int, max_context: int = 0) -> None:
+        self._stage = stage
+        self._budget_rows = budget_bytes // stage.artifact.cache_bytes_per_token
+        self.max_context = min(self._longest_within_budget(), stage.artifact.max_context)
+        if max_context:
+            self.max_context = min(self.max_context, max_context)
+        if self.max_context < 2:
+            raise DSparkError(
+                f"kv_budget_mib: expected room for at least one sequence ({capacity_for(2)} rows of "
+                f"{stage.artifact.cache_bytes_per_token} bytes), got {budget_bytes} bytes"
+            )
+        self._max_slots = max_slots
+        self._clock = 0
+        self.capacity = 0
+        self._slots: list[Slot] = []
+        self._reallocate(capacity_for(2))
+
+    def _longest_within_budget(self) -> int:
+        length = self._budget_rows
+        while length > 0 and capacity_for(length) > self._budget_rows:
+            length -= 1
+        return length
+
+    @property
+    def active(self) -> list[Slot]:
+        """Slots in use, by index."""
+        return [slot for slot in self._slots if not slot.free]
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the rows that hold committed tokens of running sequences."""
+        return sum(slot.length for slot in self.active) * self._stage.artifact.cache_bytes_per_token
+
+    def fits(self, reserve: int) -> bool:
+        """Whether a sequence that may grow to ``reserve`` tokens can be admitted now."""
+        active = self.active
+        longest = max([reserve, *(slot.reserved for slot in active)])
+        count = len(active) + 1
+        return count <= self._max_slots and count * capacity_for(longest) <= self._budget_rows
+
+    def acquire(self, reserve: int) -> Slot:
+        """A free slot for a sequence of at most ``reserve`` tokens, its rows empty. Call only where ``fits``."""
+        if not self.fits(reserve):
+            raise DSparkError(f"cache: no room for {reserve} tokens; admission must ask first")
+        free = [slot for slot in self._slots if slot.free]
+        if not free:
+            # Fewer slots than the budget allows: the block is still as long as sequences that are gone.
+            self._reallocate(capacity_for(max([1, *(held.length for held in self.active)])))
+            free = [slot for slot in self._slots if slot.free]
+        slot = min(free, key=lambda candidate: candidate.index)
+        slot.reserved = reserve
+        # Its old rows stay readable until the first step writes over them: reuse_prefix may want them.
+        return slot
+
+    def reuse_prefix(self, slot: Slot, token_ids: Sequence[int], limit: int) -> int:
+        """Fill a new sequence's slot with cached rows of the same beginning, at most ``limit``. Returns how many."""
+        wanted = np.asarray(token_ids[:limit], dtype=np.int64)
+        best, length = slot, 0
+        for candidate in self._slots:
+            shared = common_prefix(candidate.tokens, wanted)
+            # A match in the slot itself costs no copy, so it wins a tie.
+            if shared > length or (shared == length and candidate is slot):
+                best, length = candidate, shared
+        if length < _MIN_REUSE:
+            slot.truncate(0)
+            return 0
+        if best is slot:
+            slot.truncate(length)
+        else:
+            self._stage.copy_rows(RowMove(best.index, slot.index, length))
+            slot.truncate(0)
+            slot.commit(best.tokens[:length].tolist())
+        return length
+
+    def release(self, slot: Slot) -> None:
+        """The sequence is gone; its rows stay for reuse until somebody else needs the place."""
+        self._clock += 1
+        slot.reserved = 0
+        slot.released = self._clock
+
+    def forget(self) -> None:
+        """Drop all rows kept for reuse."""
+        for slot in self._slots:
+            if slot.free:
+                slot.truncate(0)
+
+    def prepare(self, length: int) -> None:
+        """Make room for positions below ``length`` and bring the sequences together. Call before a step."""
+        needed = capacity_for(length)
+        if needed > self.capacity or 2 * needed <= self.capacity:
+            self._reallocate(needed)
+            return
+        active = self.active
+        while active and active[-1].index + 1 > 2 * len(active):
+            hole = min((slot for slot in self._slots if slot.free), key=lambda slot: slot.index)
+            self._stage.copy_rows(RowMove(active[-1].index, hole.index, active[-1].length))
+            hole.truncate(0)
+            hole.index, active[-1].index = active[-1].index, hole.index
+            active = sorted(active, key=lambda slot: slot.index)
+
+    def check_integrity(self) -> None:
+        """Raise DSparkError unless the bookkeeping is consistent. Cheap; called when the engine is idle."""
+        indices = sorted(slot.index for slot in self._slots)
+        if indices != list(range(len(self._slots))):
+            raise DSparkError(f"cache: slot indices are not a permutation: {indices}")
+        for slot in self._slots:
+            if slot.length > self.capacity or (not slot.free and slot.length > slot.reserved):
+                raise DSparkError(f"cache: slot {slot.index} holds {slot.length} rows, more than it may")
+
+    def _reallocate(self, capacity: int) -> None:
+        """A new block: running sequences first, then the most recently used rows that still fit."""
+        held = self.active
+        kept = sorted((slot for slot in self._slots if slot.free and slot.length), key=lambda slot: -slot.released)
+        count = max(min(self._max_slots, self._budget_rows // capacity), len(held), 1)
+        chosen = (held + kept)[:count]
+        for slot in chosen:
+            slot.truncate(capacity)
+        moves = [RowMove(slot.index, index, slot.length) for index, slot in enumerate(chosen) if slot.length]
+        self._stage.allocate(count, capacity, moves)
+        for index, slot in enumerate(chosen):
+            slot.index = index
+        self._slots = chosen + [Slot(index) for index in range(len(chosen), count)]
+        self.capacity = capacity

@@ -1,0 +1,105 @@
+"""Counters, gauges and histograms of the engine: plain numbers, written by the engine's thread, read by a publisher.
+
+Names keep vLLM's suffixes under the prefix ``dspark_``, so that dashboards carry over.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+PREFIX = "dspark_"
+
+_LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
+
+
+@dataclass
+class Counter:
+    """Only grows."""
+
+    doc: str
+    labels: tuple[tuple[str, str], ...] = ()
+    value: float = 0.0
+
+    def add(self, amount: float = 1.0) -> None:
+        self.value += amount
+
+
+@dataclass
+class Gauge:
+    """A level."""
+
+    doc: str
+    labels: tuple[tuple[str, str], ...] = ()
+    value: float = 0.0
+
+
+@dataclass
+class Histogram:
+    """Observations that wait for the publisher. ``deque`` makes append and popleft safe between two threads."""
+
+    doc: str
+    buckets: tuple[float, ...]
+    labels: tuple[tuple[str, str], ...] = ()
+    pending: deque[float] = field(default_factory=lambda: deque(maxlen=100_000))
+
+    def observe(self, value: float) -> None:
+        self.pending.append(value)
+
+
+def _finished(reason: str) -> Counter:
+    return Counter("Requests that ended, by how they ended.", (("reason", reason),))
+
+
+@dataclass
+class EngineMetrics:
+    """Every metric, one a field. A field named ``x__label`` is the metric ``x`` under one of its labels."""
+
+    SEPARATOR: ClassVar[str] = "__"
+
+    prompt_tokens_total: Counter = field(default_factory=lambda: Counter("Prompt tokens of admitted requests."))
+    generation_tokens_total: Counter = field(default_factory=lambda: Counter("Tokens handed to clients."))
+    prefix_cache_hit_tokens_total: Counter = field(
+        default_factory=lambda: Counter("Prompt tokens whose rows were cached already.")
+    )
+    steps_total: Counter = field(default_factory=lambda: Counter("Verification steps of the target, without prefill."))
+    step_seconds_total: Counter = field(default_factory=lambda: Counter("Time in verification steps."))
+    step_tokens_total: Counter = field(default_factory=lambda: Counter("Tokens in verification steps."))
+    prefill_seconds_total: Counter = field(default_factory=lambda: Counter("Time in prefill steps."))
+    spec_decode_num_drafts_total: Counter = field(default_factory=lambda: Counter("Drafted blocks."))
+    spec_decode_num_draft_tokens_total: Counter = field(default_factory=lambda: Counter("Drafted tokens."))
+    spec_decode_num_verified_tokens_total: Counter = field(
+        default_factory=lambda: Counter("Drafted tokens that the scheduler sent to verification.")
+    )
+    spec_decode_num_accepted_tokens_total: Counter = field(default_factory=lambda: Counter("Accepted draft tokens."))
+    requests_finished_total__stop: Counter = field(default_factory=lambda: _finished("stop"))
+    requests_finished_total__length: Counter = field(default_factory=lambda: _finished("length"))
+    requests_finished_total__cancelled: Counter = field(default_factory=lambda: _finished("cancelled"))
+    requests_finished_total__deadline: Counter = field(default_factory=lambda: _finished("deadline"))
+    requests_finished_total__rejected: Counter = field(default_factory=lambda: _finished("rejected"))
+    requests_finished_total__error: Counter = field(default_factory=lambda: _finished("error"))
+    num_requests_running: Gauge = field(default_factory=lambda: Gauge("Sequences that hold a slot."))
+    num_requests_waiting: Gauge = field(default_factory=lambda: Gauge("Sequences that wait for a slot."))
+    kv_cache_usage_bytes: Gauge = field(default_factory=lambda: Gauge("Bytes of committed rows of running sequences."))
+    kv_cache_capacity_rows: Gauge = field(default_factory=lambda: Gauge("Rows of each slot at present."))
+    time_to_first_token_seconds: Histogram = field(
+        default_factory=lambda: Histogram("From arrival to the first token.", _LATENCY_BUCKETS)
+    )
+    time_per_output_token_seconds: Histogram = field(
+        default_factory=lambda: Histogram("Mean time between tokens of a finished sequence.", _TOKEN_BUCKETS)
+    )
+    e2e_request_latency_seconds: Histogram = field(
+        default_factory=lambda: Histogram("From arrival to the last token.", _LATENCY_BUCKETS)
+    )
+    request_queue_time_seconds: Histogram = field(
+        default_factory=lambda: Histogram("From arrival to the first slot.", _LATENCY_BUCKETS)
+    )
+
+    def items(self) -> list[tuple[str, Counter | Gauge | Histogram]]:
+        """(exported name, metric) of every field."""
+        return [
+            (PREFIX + item.name.split(self.SEPARATOR)[0], getattr(self, item.name))
+            for item in fields(self)
+        ]  # fmt: skip

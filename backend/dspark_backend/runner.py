@@ -1,0 +1,135 @@
+"""The engine's thread: takes requests from any thread, steps while there is work, sleeps while there is none."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+
+from dspark_backend.config import EngineConfig
+from dspark_backend.engine import Engine
+from dspark_backend.errors import InternalError, QueueFull
+from dspark_backend.metrics import EngineMetrics
+from dspark_backend.preparation import Preparer
+from dspark_backend.request import GenerationRequest
+from dspark_backend.sequence import RequestState, Sink
+from dspark_backend.stages.artifact import VerifierArtifact
+from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
+from dspark_backend.stages.protocol import VerifierStage
+from dspark_backend.tokenizer import Tokenizer, TokenizerSettings
+
+logger = logging.getLogger(__name__)
+
+
+class EngineRunner:
+    """An engine with its thread. All methods may be called from any thread."""
+
+    def __init__(self, stage: VerifierStage, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
+        self._stage = stage
+        self._config = config
+        self._engine = Engine(stage, tokenizer, config)
+        self._preparer = Preparer(
+            stage.artifact,
+            tokenizer,
+            self._engine.cache.max_context,
+            config.max_slots,
+            config.default_max_tokens,
+            config.max_prompt_bytes,
+        )
+        self._inbox: deque[RequestState] = deque()
+        self._wake = threading.Condition()
+        self._accepting = True
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="dspark-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def open(cls, config: EngineConfig) -> EngineRunner:
+        """Load the artifacts that the settings name, and start.
+
+        Raises:
+            ArtifactError: an artifact is missing, corrupt or does not fit.
+            DSparkError: the settings do not fit the artifact.
+        """
+        stage = OnnxRuntimeVerifier(config.verifier, config.threads)
+        return cls(stage, load_tokenizer(config, stage.artifact), config)
+
+    @property
+    def metrics(self) -> EngineMetrics:
+        return self._engine.metrics
+
+    def submit(self, request: GenerationRequest, sink: Sink) -> RequestState:
+        """Check and queue a request; its results go to ``sink``, on the engine's thread.
+
+        Raises:
+            InvalidRequest: it can never succeed.
+            QueueFull: too many wait already, or the engine is stopping.
+        """
+        arrival = time.time_ns()
+        state = RequestState(self._preparer.prepare(request), sink, arrival)
+        limit = self._config.max_queue_size
+        with self._wake:
+            if not self._accepting:
+                self.metrics.requests_finished_total__rejected.add()
+                raise QueueFull("the server is shutting down; try another one")
+            waiting = len(self._inbox) + self._engine.num_waiting
+            if waiting >= limit:
+                self.metrics.requests_finished_total__rejected.add()
+                raise QueueFull(
+                    f"queue: expected fewer than {limit} waiting requests (max_queue_size), there are {waiting}; "
+                    "try again later"
+                )
+            self._inbox.append(state)
+            self._wake.notify()
+        return state
+
+    def cancel(self, state: RequestState) -> None:
+        """End a request early; its sink hears RequestCancelled unless it finished first."""
+        state.cancelled = True
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Refuse new requests, let running ones finish for so long, fail the rest, end the thread."""
+        with self._wake:
+            self._accepting = False
+        deadline = time.monotonic() + drain_seconds
+        while time.monotonic() < deadline and not (self._engine.idle and not self._inbox):
+            time.sleep(0.02)
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+        self._stage.close()
+
+    def _run(self) -> None:
+        engine = self._engine
+        while True:
+            with self._wake:
+                while not (self._inbox or self._stopping) and engine.idle:
+                    self._wake.wait()
+                arrived = list(self._inbox)
+                self._inbox.clear()
+                stopping = self._stopping
+            for state in arrived:
+                engine.submit(state)
+            if stopping:
+                engine.fail_all(QueueFull("the server is shutting down; try another one"))
+                return
+            try:
+                engine.step()
+            except Exception:  # the thread must outlive any defect: a dead engine would hang every client
+                logger.exception("an engine step failed")
+                engine.fail_all(InternalError("internal error; the server's log has the details"))
+                engine.cache.forget()
+
+
+def load_tokenizer(config: EngineConfig, artifact: VerifierArtifact) -> Tokenizer | None:
+    """The artifact's tokenizer; None where it was exported without one.
+
+    Raises:
+        ArtifactError: the file is corrupt.
+    """
+    if "tokenizer.json" not in artifact.files:
+        return None
+    settings = TokenizerSettings(artifact.bos_token_id, artifact.eos_token_ids, artifact.add_bos)
+    return Tokenizer(config.verifier, settings)
