@@ -1,0 +1,240 @@
+"""The only module that knows Triton: tensors <-> requests, errors <-> codes, metrics -> Triton's own endpoint.
+
+One thread of this module talks to Triton after load: it sends responses, watches for clients that went away and
+publishes metrics. Triton's Python backend crashes when metrics are updated from several threads, and a ``send`` takes
+long enough (0.1-0.3 ms) to be kept off the engine's thread.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from dspark_backend.config import EngineConfig
+from dspark_backend.delta import Delta
+from dspark_backend.errors import ConfigError, DSparkError, InternalError, Status
+from dspark_backend.metrics import Counter, EngineMetrics, Gauge, Histogram
+from dspark_backend.runner import EngineRunner
+from dspark_backend.scoring import score
+from dspark_backend.sequence import RequestState
+from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
+from dspark_backend.wire import Collector, parse_request, render
+
+logger = logging.getLogger(__name__)
+
+_DRAIN_SECONDS = 3.0
+_CANCEL_POLL_SECONDS = 0.05
+
+_CODES = {
+    Status.INVALID_ARGUMENT: pb_utils.TritonError.INVALID_ARG,
+    Status.UNAVAILABLE: pb_utils.TritonError.UNAVAILABLE,
+    # Triton has no code for a deadline; the message's prefix tells the client.
+    Status.DEADLINE_EXCEEDED: pb_utils.TritonError.CANCELLED,
+    Status.CANCELLED: pb_utils.TritonError.CANCELLED,
+    Status.INTERNAL: pb_utils.TritonError.INTERNAL,
+}
+
+
+def triton_error(error: DSparkError) -> Any:
+    """Triton's error of ours: the code, and a message that starts with the status in brackets."""
+    return pb_utils.TritonError(f"[{error.status.value}] {error}", _CODES[error.status])
+
+
+def read_parameters(args: dict[str, str]) -> dict[str, str]:
+    """The ``parameters`` of config.pbtxt."""
+    parameters = json.loads(args["model_config"]).get("parameters", {})
+    return {key: entry["string_value"] for key, entry in parameters.items()}
+
+
+def model_folder(args: dict[str, str]) -> Path:
+    """The folder of the model version that is being loaded: where relative paths start."""
+    return Path(args["model_repository"]) / args["model_version"]
+
+
+@dataclass(eq=False)
+class _Call:
+    """One request on its way through: implements :class:`~dspark_backend.sequence.Sink`."""
+
+    sender: Any
+    collector: Collector
+    outbox: queue.SimpleQueue[tuple[_Call, list[Delta] | DSparkError, bool] | None]
+    state: RequestState | None = None
+
+    def delta(self, delta: Delta, last: bool) -> None:
+        deltas = self.collector.take(delta, last)
+        if deltas:
+            self.outbox.put((self, deltas, last))
+
+    def error(self, error: DSparkError) -> None:
+        self.outbox.put((self, error, True))
+
+
+class DSparkModel:
+    """``TritonPythonModel`` of the ``dspark`` model: decoupled."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load artifacts and start the engine. Triton shows the message of what is raised here."""
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+        try:
+            config = EngineConfig.from_parameters(read_parameters(args), model_folder(args))
+            self._runner = EngineRunner.open(config)
+        except DSparkError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+        self._outbox: queue.SimpleQueue[tuple[_Call, list[Delta] | DSparkError, bool] | None] = queue.SimpleQueue()
+        self._open: set[_Call] = set()
+        publisher = MetricsPublisher(
+            self._runner.metrics, {"model": args["model_name"], "version": args["model_version"]}
+        )
+        self._thread = threading.Thread(
+            target=self._talk, args=(publisher, config.metrics_interval_ms / 1000), name="dspark-triton", daemon=True
+        )
+        self._thread.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Hand requests to the engine; answers come from the sending thread."""
+        for request in requests:
+            self._accept(request)
+
+    def finalize(self) -> None:
+        """Let running requests finish for a moment, then stop."""
+        self._runner.stop(_DRAIN_SECONDS)
+        self._outbox.put(None)
+        self._thread.join()
+
+    def _accept(self, request: Any) -> None:
+        call = _Call(request.get_response_sender(), Collector(stream=False), self._outbox)
+        # Before submitting: the sending thread may take it out again at once.
+        self._open.add(call)
+        try:
+            arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            parsed = parse_request(arrays)
+            call.collector = Collector(parsed.stream)
+            call.state = self._runner.submit(parsed, call)
+        except DSparkError as error:
+            call.error(error)
+            return
+        except Exception:  # a defect must cost this request alone
+            logger.exception("a request could not be read")
+            call.error(InternalError("internal error; the server's log has the details"))
+
+    def _talk(self, publisher: MetricsPublisher, interval: float) -> None:
+        next_poll = next_metrics = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if now >= next_poll:
+                self._cancel_abandoned()
+                next_poll = now + _CANCEL_POLL_SECONDS
+            if now >= next_metrics:
+                publisher.publish()
+                next_metrics = now + interval
+            try:
+                entry = self._outbox.get(timeout=max(0.0, min(next_poll, next_metrics) - time.monotonic()))
+            except queue.Empty:
+                continue
+            if entry is None:
+                publisher.publish()
+                return
+            self._send(*entry)
+
+    def _send(self, call: _Call, result: list[Delta] | DSparkError, last: bool) -> None:
+        if isinstance(result, DSparkError):
+            response = pb_utils.InferenceResponse(error=triton_error(result))
+        else:
+            response = pb_utils.InferenceResponse(
+                [pb_utils.Tensor(name, array) for name, array in render(result).items()]
+            )
+        try:
+            call.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+        except Exception:  # the other requests' answers must go out
+            logger.exception("a response could not be sent")
+            if call.state is not None:
+                self._runner.cancel(call.state)
+        if last:
+            self._open.discard(call)
+
+    def _cancel_abandoned(self) -> None:
+        for call in list(self._open):
+            if call.state is not None and not call.state.cancelled and call.sender.is_cancelled():
+                self._runner.cancel(call.state)
+
+
+class MetricsPublisher:
+    """Copies the engine's metrics to Triton's endpoint. To be called from one thread only."""
+
+    def __init__(self, metrics: EngineMetrics, labels: dict[str, str]) -> None:
+        self._families: dict[str, Any] = {}
+        self._published: list[tuple[Any, Any]] = []
+        for name, metric in metrics.items():
+            family = pb_utils.MetricFamily
+            if name not in self._families:
+                kinds = {Counter: family.COUNTER, Gauge: family.GAUGE, Histogram: family.HISTOGRAM}
+                self._families[name] = family(name=name, description=metric.doc, kind=kinds[type(metric)])
+            options = {"buckets": list(metric.buckets)} if isinstance(metric, Histogram) else {}
+            exported = self._families[name].Metric(labels=labels | dict(metric.labels), **options)
+            self._published.append((metric, exported))
+        self._seen: dict[int, float] = {}
+
+    def publish(self) -> None:
+        """Bring Triton's numbers up to date; unchanged ones cost nothing."""
+        for index, (metric, exported) in enumerate(self._published):
+            if isinstance(metric, Counter | Gauge):
+                before, now = self._seen.get(index, 0.0), metric.value
+                if now == before:
+                    continue
+                self._seen[index] = now
+                if isinstance(metric, Counter):
+                    exported.increment(now - before)
+                else:
+                    exported.set(now)
+            else:
+                while metric.pending:
+                    exported.observe(metric.pending.popleft())
+
+
+class VerifierModel:
+    """``TritonPythonModel`` of the ``verifier`` model: scores a prompt, without the engine."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the artifact beside the model's file, or where the parameter ``artifact`` says."""
+        parameters = read_parameters(args)
+        try:
+            unknown = sorted(parameters.keys() - {"artifact", "threads"})
+            if unknown:
+                raise ConfigError(f"{unknown[0]}: unknown parameter; expected artifact or threads")
+            threads = parameters.get("threads", "0")
+            if not threads.isdigit():
+                raise ConfigError(f"threads: expected 0 or more, got {threads!r}")
+            folder = (model_folder(args) / parameters.get("artifact", ".")).resolve()
+            self._stage = OnnxRuntimeVerifier(folder, int(threads))
+        except DSparkError as error:
+            raise pb_utils.TritonModelException(str(error)) from None
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Score one prompt a request."""
+        return [self._score(request) for request in requests]
+
+    def finalize(self) -> None:
+        self._stage.close()
+
+    def _score(self, request: Any) -> Any:
+        try:
+            token_ids = pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy().reshape(-1).tolist()
+            wanted = set(request.requested_output_names())
+            result = score(self._stage, token_ids, "logits" in wanted)
+        except DSparkError as error:
+            return pb_utils.InferenceResponse(error=triton_error(error))
+        tensors = [
+            pb_utils.Tensor("argmax", result.argmax.astype("int32")),
+            pb_utils.Tensor("log_probs", result.log_probs.astype("float32")),
+        ]
+        if result.logits is not None:
+            tensors.append(pb_utils.Tensor("logits", result.logits))
+        return pb_utils.InferenceResponse(tensors)
