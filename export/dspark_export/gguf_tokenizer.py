@@ -107,7 +107,7 @@ def write_tokenizer(source: gguf.GGUFReader | Mapping[str, Any], out_dir: Path) 
         tokenizer = _sentencepiece(fields, tokens, types, vocab)
     else:
         raise ExportError(f"GGUF: tokenizer.ggml.model is {model!r}, expected gpt2 or llama; {_USE_FOLDER}")
-    for kind, special in ((TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
+    for kind, special in ((TokenType.UNKNOWN, True), (TokenType.CONTROL, True), (TokenType.USER_DEFINED, False)):
         found = [token for token, its_kind in zip(tokens, types, strict=True) if its_kind == kind]
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=special) for token in found])
 

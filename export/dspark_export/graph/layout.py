@@ -19,17 +19,18 @@ _MASKED = np.finfo(np.float32).min
 
 @dataclass(frozen=True)
 class RaggedInputs:
-    """Graph inputs that place every token of a step. All int64.
+    """Values that place every token of a step. All int64.
 
     ``positions`` [B]: position in its sequence. ``rows`` [B]: cache row within the bound view. ``columns`` [B]: which
     of its request's tokens it is in this step. ``query_index`` [R, Q]: the token of each (row, column), any token
-    where there is none.
+    where there is none. ``horizon`` [B]: last position that a token may attend to.
     """
 
     positions: ir.Value
     rows: ir.Value
     columns: ir.Value
     query_index: ir.Value
+    horizon: ir.Value
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,16 @@ class RaggedLayout:
     """float32 [R, 1, G*Q, C]: 0 where a query may look, hugely negative where it may not."""
 
 
+def cache_index(tape: GraphTape, rows: ir.Value, positions: ir.Value, kv_heads: int) -> ir.Value:
+    """int64 [B, Hkv, 3]: (row, head, position) of every token and key head, for ScatterND into [R, Hkv, C, D]."""
+    shape = tape.op("Concat", tape.op("Shape", positions), tape.constant([kv_heads, 1]), axis=0)
+    row = tape.op("Expand", tape.op("Unsqueeze", rows, tape.constant([1, 2])), shape)
+    head = tape.op("Expand", tape.constant(np.arange(kv_heads).reshape(1, kv_heads, 1)), shape)
+    position = tape.op("Expand", tape.op("Unsqueeze", positions, tape.constant([1, 2])), shape)
+    index: ir.Value = tape.op("Concat", row, head, position, axis=2)
+    return index
+
+
 def ragged_layout(tape: GraphTape, inputs: RaggedInputs, attention: Attention, cache: ir.Value) -> RaggedLayout:
     """Build the indices. ``cache`` is any layer's key cache [R, Hkv, C, D], read for its shape alone."""
     heads, kv_heads, group = attention.num_heads, attention.num_kv_heads, attention.group
@@ -61,16 +72,10 @@ def ragged_layout(tape: GraphTape, inputs: RaggedInputs, attention: Attention, c
     first = tape.op("Unsqueeze", tape.op("Mul", inputs.query_index, tape.constant(width)), tape.constant([1, 2]))
     query_rows = tape.reshape(tape.op("Add", first, head_of), (0, kv_heads, -1))
 
-    token_count = tape.op("Shape", inputs.positions)
-    token = tape.op("Range", tape.constant(0), tape.op("Squeeze", token_count), tape.constant(1))
+    token_count = tape.op("Squeeze", tape.op("Shape", inputs.positions))
+    token = tape.op("Range", tape.constant(0), token_count, tape.constant(1))
     key_base = tape.op("Unsqueeze", tape.op("Mul", token, tape.constant(width)), tape.constant([1]))
     key_rows = tape.op("Add", key_base, tape.constant(np.arange(heads, width).reshape(1, kv_heads)))
-
-    head_shape = tape.op("Concat", token_count, tape.constant([kv_heads, 1]), axis=0)
-    row = tape.op("Expand", tape.op("Unsqueeze", inputs.rows, tape.constant([1, 2])), head_shape)
-    head = tape.op("Expand", tape.constant(np.arange(kv_heads).reshape(1, kv_heads, 1)), head_shape)
-    position = tape.op("Expand", tape.op("Unsqueeze", inputs.positions, tape.constant([1, 2])), head_shape)
-    cache_index = tape.op("Concat", row, head, position, axis=2)
 
     # output_rows[b, h] = (row[b] * Hq + h) * Q + column[b]
     first_head = tape.op("Unsqueeze", tape.op("Mul", inputs.rows, tape.constant(heads)), tape.constant([1]))
@@ -80,10 +85,8 @@ def ragged_layout(tape: GraphTape, inputs: RaggedInputs, attention: Attention, c
 
     capacity = tape.op("Squeeze", tape.op("Shape", cache, start=2, end=3))
     key_position = tape.op("Range", tape.constant(0), capacity, tape.constant(1))  # [C]
-    query_position = tape.op("Gather", inputs.positions, inputs.query_index, axis=0)  # [R, Q]
-    visible = tape.op(
-        "LessOrEqual", key_position, tape.op("Unsqueeze", query_position, tape.constant([2]))
-    )  # [R, Q, C]
+    horizon = tape.op("Gather", inputs.horizon, inputs.query_index, axis=0)  # [R, Q]
+    visible = tape.op("LessOrEqual", key_position, tape.op("Unsqueeze", horizon, tape.constant([2])))  # [R, Q, C]
     bias = tape.op("Where", visible, tape.constant(0.0, np.float32), tape.constant(_MASKED, np.float32))
     bias = tape.op("Unsqueeze", bias, tape.constant([1]))  # [R, 1, Q, C]
     if group > 1:
@@ -93,7 +96,7 @@ def ragged_layout(tape: GraphTape, inputs: RaggedInputs, attention: Attention, c
         position_ids=tape.op("Unsqueeze", inputs.positions, tape.constant([0])),
         query_rows=query_rows,
         key_rows=key_rows,
-        cache_index=cache_index,
+        cache_index=cache_index(tape, inputs.rows, inputs.positions, kv_heads),
         output_rows=output_rows,
         bias=bias,
     )

@@ -1,0 +1,135 @@
+"""Parts that verifier and drafter graphs share: norms, fused projections, the MLP, the read of a slot cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from dspark_export.decoder import Attention, Decoder
+from dspark_export.graph.layout import RaggedLayout
+from dspark_export.graph.tape import CONTRIB, GraphTape
+from dspark_export.weights import WeightSource
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Builds parts of one decoder on a tape. Shapes: B tokens, H hidden size; the others as in ``layout``."""
+
+    tape: GraphTape
+    decoder: Decoder
+    weights: WeightSource
+
+    def matrix(self, name: str, *shape: int) -> ir.Value:
+        """A tensor of the checkpoint as it is."""
+        return self.tape.weight(name, shape, lambda: self.weights.read(name))
+
+    def norm(self, value: ir.Value, name: str) -> ir.Value:
+        """RMS norm over the hidden size."""
+        weight = self.matrix(name, self.decoder.hidden_size)
+        normed: ir.Value = self.tape.op(
+            "SimplifiedLayerNormalization", value, weight, axis=-1, epsilon=self.decoder.norm_eps
+        )
+        return normed
+
+    def add_and_norm(self, value: ir.Value, residual: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        """(norm(value + residual), value + residual)"""
+        weight = self.matrix(name, self.decoder.hidden_size)
+        normed, _, _, total = self.tape.op(
+            "SkipSimplifiedLayerNormalization",
+            value, residual, weight,
+            domain=CONTRIB, outputs=4, epsilon=self.decoder.norm_eps,
+        )  # fmt: skip
+        return normed, total
+
+    def linear(self, value: ir.Value, names: tuple[str, ...], inner: int, bias: bool) -> ir.Value:
+        """Several projections of one input as a single product: [B, inner] -> [B, sum of their widths]."""
+        widths = [self.weights.shape(f"{name}.weight")[0] for name in names]
+        fused = "+".join(names)
+        weight = self.tape.weight(
+            f"{fused}.weight",
+            (inner, sum(widths)),
+            lambda: np.concatenate([self.weights.read(f"{name}.weight") for name in names]).T,
+        )
+        product: ir.Value = self.tape.op("MatMul", value, weight)
+        if not bias:
+            return product
+        offset = self.tape.weight(
+            f"{fused}.bias",
+            (sum(widths),),
+            lambda: np.concatenate([self.weights.read(f"{name}.bias") for name in names]),
+        )
+        shifted: ir.Value = self.tape.op("Add", product, offset)
+        return shifted
+
+    def head_norm(self, value: ir.Value, names: tuple[str, ...], repeats: tuple[int, ...]) -> ir.Value:
+        """RMS norm of every head, ``repeats[i]`` heads in a row with the weight ``names[i]``: [B, heads * D], same out."""
+        dim, width = self.decoder.attention.head_dim, sum(repeats)
+        normed = self.tape.op(
+            "SimplifiedLayerNormalization",
+            self.tape.reshape(value, (-1, width, dim)),
+            self.tape.constant(np.ones(dim), np.float32),
+            axis=-1,
+            epsilon=self.decoder.norm_eps,
+        )
+        weight = self.tape.weight(
+            "+".join(names),
+            (width, dim),
+            lambda: np.repeat(np.stack([self.weights.read(name) for name in names]), repeats, axis=0),
+        )
+        return self.tape.reshape(self.tape.op("Mul", normed, weight), (-1, width * dim))
+
+    def rotate(
+        self, value: ir.Value, heads: int, position_ids: ir.Value, rotation: tuple[ir.Value, ir.Value]
+    ) -> ir.Value:
+        """Rotary embedding of [B, heads * D]; returns [1, B, heads * D]. ``position_ids`` is [1, B]."""
+        shaped = self.tape.reshape(value, (1, -1, heads * self.decoder.attention.head_dim))
+        rotated: ir.Value = self.tape.op("RotaryEmbedding", shaped, position_ids, *rotation, domain=CONTRIB)
+        return rotated
+
+    def attend(self, query: ir.Value, keys: ir.Value, values: ir.Value, layout: RaggedLayout) -> ir.Value:
+        """Attention of [R, Hkv, G*Q, D] over a cache [R, Hkv, C, D], back in token order: [B, Hq * D]."""
+        tape, attention = self.tape, self.decoder.attention
+        scores = tape.op("FusedMatMul", query, keys, domain=CONTRIB, transB=1, alpha=attention.scale)
+        weights = tape.op("Softmax", tape.op("Add", scores, layout.bias), axis=-1)
+        mixed = tape.op("MatMul", weights, values)
+        per_token = tape.op("Gather", tape.reshape(mixed, (-1, attention.head_dim)), layout.output_rows, axis=0)
+        return tape.reshape(per_token, (-1, attention.num_heads * attention.head_dim))
+
+    def mlp(self, prefix: str, normed: ir.Value) -> ir.Value:
+        """down(silu(gate(x)) * up(x)), [B, H] -> [B, H]."""
+        tape, decoder = self.tape, self.decoder
+        both = self.linear(
+            normed, (f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"), decoder.hidden_size, decoder.mlp_bias
+        )
+        gate, up = tape.op("Split", both, outputs=2, axis=1, num_outputs=2)
+        silu = tape.op("QuickGelu", gate, domain=CONTRIB, alpha=1.0)
+        return self.linear(
+            tape.op("Mul", silu, up), (f"{prefix}.mlp.down_proj",), decoder.intermediate_size, decoder.mlp_bias
+        )
+
+    def query_key_value(self, prefix: str, normed: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Projections of a layer: queries and keys [B, (Hq + Hkv) * D], head-normed where the model does, and values."""
+        attention = self.decoder.attention
+        heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        projections = tuple(f"{prefix}.self_attn.{name}_proj" for name in ("q", "k", "v"))
+        projected = self.linear(normed, projections, self.decoder.hidden_size, attention.qkv_bias)
+        sizes = self.tape.constant([(heads + kv_heads) * dim, kv_heads * dim])
+        joined, value = self.tape.op("Split", projected, sizes, outputs=2, axis=1)
+        if attention.qk_norm:
+            names = (f"{prefix}.self_attn.q_norm.weight", f"{prefix}.self_attn.k_norm.weight")
+            joined = self.head_norm(joined, names, (heads, kv_heads))
+        return joined, value
+
+    def output(self, prefix: str, mixed: ir.Value) -> ir.Value:
+        """The attention's output projection, [B, Hq * D] -> [B, H]."""
+        attention = self.decoder.attention
+        width = attention.num_heads * attention.head_dim
+        return self.linear(mixed, (f"{prefix}.self_attn.o_proj",), width, attention.output_bias)
+
+
+def rope_tables(tape: GraphTape, attention: Attention, positions: int) -> tuple[ir.Value, ir.Value]:
+    """Cosine and sine tables as initializers."""
+    cosines, sines = attention.rope.tables(positions)
+    return tape.table("rope_cos", cosines), tape.table("rope_sin", sines)
