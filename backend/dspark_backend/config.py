@@ -74,7 +74,7 @@ class EngineConfig:
         check("policy", self.policy in POLICIES, f"one of {', '.join(sorted(POLICIES))}")
         check("max_slots", 1 <= self.max_slots <= 1024, "1 to 1024")
         check("kv_budget_mib", self.kv_budget_mib >= 1, "at least 1")
-        check("max_context", self.max_context >= 0, "0 or more")
+        check("max_context", self.max_context == 0 or self.max_context >= 2, "0 or at least 2")
         check("max_queue_size", self.max_queue_size >= 1, "at least 1")
         check("default_max_tokens", self.default_max_tokens >= 1, "at least 1")
         check("prefill_chunk", 1 <= self.prefill_chunk <= 65536, "1 to 65536")

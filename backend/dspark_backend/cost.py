@@ -26,17 +26,19 @@ class CostTable:
             raise ValueError("expected as many times as token counts, at least one")
         if list(self.token_counts) != sorted(set(self.token_counts)):
             raise ValueError(f"token_counts: expected ascending counts, got {self.token_counts}")
-        if min(self.seconds) <= 0:
-            raise ValueError(f"seconds: expected positive times, got {min(self.seconds)}")
+        for seconds in self.seconds:
+            if not 0 < seconds < float("inf"):
+                raise ValueError(f"seconds: expected positive times, got {seconds}")
 
     def step_seconds(self, token_count: NDArray[np.int64] | int) -> NDArray[np.float64]:
-        """Predicted seconds of a step, linear between measured points and beyond the last two."""
+        """Predicted seconds of a step, linear between measured points and beyond the last two, where never falling."""
         counts, seconds = np.asarray(self.token_counts, dtype=np.float64), np.asarray(self.seconds)
         wanted = np.asarray(token_count, dtype=np.float64)
         inside = np.interp(wanted, counts, seconds)
         if len(counts) == 1:
             return np.asarray(inside)
-        slope = (seconds[-1] - seconds[-2]) / (counts[-1] - counts[-2])
+        # Noise can make the last point the cheaper one; extrapolating that would end below zero.
+        slope = max(0.0, (seconds[-1] - seconds[-2]) / (counts[-1] - counts[-2]))
         return np.asarray(inside + np.maximum(wanted - counts[-1], 0.0) * slope)
 
     def sps(self, token_count: NDArray[np.int64] | int) -> NDArray[np.float64]:

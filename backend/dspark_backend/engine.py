@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from dspark_backend.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 _MIB = 2**20
+_SEE_LOG = "internal error; the server's log has the details"
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,12 @@ class Engine:
     def submit(self, state: RequestState) -> None:
         """Queue a request. Its results come through its sink during later steps."""
         self._requests.add(state)
-        for index in range(state.prepared.request.num_sequences):
-            self._waiting.push(SequenceState(state, index, self._tokenizer))
+        try:
+            for index in range(state.prepared.request.num_sequences):
+                self._waiting.push(SequenceState(state, index, self._tokenizer))
+        except Exception:  # a defect of ours must cost one request, not the engine
+            logger.exception("a request could not be queued")
+            self._fail(state, InternalError(_SEE_LOG))
 
     def step(self) -> None:
         """One round: every running sequence gets at least one token, and some prompts a chunk further."""
@@ -85,6 +91,16 @@ class Engine:
         for state in list(self._requests):
             self._fail(state, error)
         self._set_gauges()
+
+    def recover(self) -> None:
+        """After a step that raised: end every request, and start over with an empty cache."""
+        try:
+            self.fail_all(InternalError(_SEE_LOG))
+        finally:
+            self._prefilling.clear()
+            self._verifying.clear()
+            self.cache.reset()
+            self._set_gauges()
 
     def _drop_ended_requests(self) -> None:
         now = time.time_ns()
@@ -110,10 +126,13 @@ class Engine:
         budget = self._config.prefill_chunk_busy if self._verifying else self._config.prefill_chunk
         chosen: list[SequenceState] = []
         segments: list[Segment] = []
+        leading = {sequence.state for sequence in self._prefilling if sequence.index == 0}
         for sequence in self._prefilling:
             if budget <= 0:
                 break
             if not sequence.prefill_started:
+                if self._config.prefix_reuse and sequence.index > 0 and sequence.state in leading:
+                    continue  # one step later the prompt's rows are there to be copied
                 self._start_prefill(sequence)
             start, prompt = sequence.held_slot.length, sequence.prepared.prompt_ids
             piece = prompt[start : start + budget]
@@ -126,6 +145,8 @@ class Engine:
             return
         self.metrics.prefill_seconds_total.add(ran.seconds)
         for row, (sequence, segment) in enumerate(zip(chosen, segments, strict=True)):
+            if sequence.slot is None:
+                continue  # another sequence of its request failed just now
             sequence.held_slot.commit(segment.token_ids)
             first = int(ran.batch.logit_offsets[row])
             if segment.logits_from < len(segment.token_ids):
@@ -163,6 +184,8 @@ class Engine:
         self.metrics.step_seconds_total.add(ran.seconds)
         self.metrics.step_tokens_total.add(ran.batch.num_tokens)
         for row, (sequence, segment) in enumerate(zip(chosen, segments, strict=True)):
+            if sequence.slot is None:
+                continue  # another sequence of its request failed just now
             sequence.held_slot.commit(segment.token_ids)
             sequence.rounds += 1
             first = int(ran.batch.logit_offsets[row])
@@ -194,6 +217,10 @@ class Engine:
         request, mask = sequence.prepared.request, sequence.prepared.mask
         params = request.sampling
         try:
+            if not math.isfinite(logits.max()):
+                # NaN anywhere shows in the maximum. Its rows must not be reused.
+                self.cache.scrub(sequence.held_slot)
+                raise InternalError("the model gave logits that are not finite; check the exported artifact")
             if not needs_logits(params, mask, sequence.context.output_length):
                 token = argmax
             elif params.greedy:
@@ -208,7 +235,7 @@ class Engine:
             return
         except Exception:  # a defect of ours must cost one request, not the engine
             logger.exception("a request failed on an internal error")
-            self._fail(sequence.state, InternalError("internal error; the server's log has the details"))
+            self._fail(sequence.state, InternalError(_SEE_LOG))
             return
         self._emit(sequence)
 
@@ -228,7 +255,11 @@ class Engine:
         last = state.open == 0
         if last:
             self._requests.discard(state)
-        state.sink.delta(delta, last)
+        try:
+            state.sink.delta(delta, last)
+        except Exception:  # nobody listens any more: the others must go on
+            logger.exception("a result could not be delivered")
+            self._fail(state, InternalError(_SEE_LOG))
 
     def _count_finished(self, sequence: SequenceState, reason: FinishReason) -> None:
         metrics, arrival = self.metrics, sequence.state.arrival_ns
@@ -264,8 +295,11 @@ class Engine:
             Status.DEADLINE_EXCEEDED: self.metrics.requests_finished_total__deadline,
             Status.UNAVAILABLE: self.metrics.requests_finished_total__rejected,
         }
-        counters.get(error.status, self.metrics.requests_finished_total__error).add()
-        state.sink.error(error)
+        counters.get(error.status, self.metrics.requests_finished_total__error).add(state.open)
+        try:
+            state.sink.error(error)
+        except Exception:  # as above
+            logger.exception("an error could not be delivered")
 
     def _set_gauges(self) -> None:
         metrics = self.metrics
@@ -274,4 +308,6 @@ class Engine:
         metrics.kv_cache_usage_bytes.value = self.cache.bytes_in_use
         metrics.kv_cache_capacity_rows.value = self.cache.capacity
         if self.idle:
+            if self.cache.active:
+                raise InternalError(f"cache: {len(self.cache.active)} slots are held while no request runs")
             self.cache.check_integrity()

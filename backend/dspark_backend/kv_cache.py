@@ -134,7 +134,9 @@ class KvCache:
             free = [slot for slot in self._slots if slot.free]
         slot = min(free, key=lambda candidate: candidate.index)
         slot.reserved = reserve
-        # Its old rows stay readable until the first step writes over them: reuse_prefix may want them.
+        # Its old rows stay readable until the first step writes over them: reuse_prefix may want them. Those beyond
+        # what was promised must not hold the capacity up.
+        slot.truncate(reserve)
         return slot
 
     def reuse_prefix(self, slot: Slot, token_ids: Sequence[int], limit: int) -> int:
@@ -163,15 +165,22 @@ class KvCache:
         slot.reserved = 0
         slot.released = self._clock
 
-    def forget(self) -> None:
-        """Drop all rows kept for reuse."""
-        for slot in self._slots:
-            if slot.free:
-                slot.truncate(0)
+    def scrub(self, slot: Slot) -> None:
+        """Forget the rows of a slot in memory, too: a NaN among them would reach later sequences through the mask."""
+        slot.truncate(0)
+        self._reallocate(self.capacity)
+
+    def reset(self) -> None:
+        """Begin anew with an empty block, whatever state a failed step left. Call only where nobody holds a slot."""
+        self._slots = []
+        self._reallocate(capacity_for(2))
 
     def prepare(self, length: int) -> None:
-        """Make room for positions below ``length`` and bring the sequences together. Call before a step."""
-        needed = capacity_for(length)
+        """Make room for positions below ``length`` and bring the sequences together. Call before a step.
+
+        ``length`` speaks for the sequences of the step; the others keep what they have.
+        """
+        needed = capacity_for(max([length, *(slot.length for slot in self.active)]))
         if needed > self.capacity or 2 * needed <= self.capacity:
             self._reallocate(needed)
             return

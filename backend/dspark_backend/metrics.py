@@ -50,7 +50,7 @@ class Histogram:
 
 
 def _finished(reason: str) -> Counter:
-    return Counter("Requests that ended, by how they ended.", (("reason", reason),))
+    return Counter("Sequences that ended, by how they ended.", (("reason", reason),))
 
 
 @dataclass

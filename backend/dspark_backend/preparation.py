@@ -30,7 +30,7 @@ class PreparedRequest:
     @property
     def reserve(self) -> int:
         """Cache rows that a sequence can come to need: every token but the last one generated."""
-        return len(self.prompt_ids) + self.max_tokens
+        return len(self.prompt_ids) + self.max_tokens - 1
 
 
 class Preparer:
@@ -68,6 +68,8 @@ class Preparer:
         prompt_ids, prompt_text = self._prompt(request)
         if not prompt_ids:
             raise InvalidRequest("prompt: expected at least one token, got an empty prompt")
+        # Also what our tokenizer made: it may know tokens that the model does not, and a step would fail for all.
+        self._check_ids("input_ids" if request.input_ids is not None else "prompt", prompt_ids)
         room = self._max_context - len(prompt_ids)
         if room < 1:
             raise InvalidRequest(
@@ -85,13 +87,12 @@ class Preparer:
         mask = TokenMask(
             bad_words=self._bad_words(request.bad_words),
             min_tokens=request.min_tokens,
-            end_ids=self._artifact.eos_token_ids,
+            end_ids=tuple(token for token in self._artifact.eos_token_ids if token < self._artifact.vocab_size),
         )
         return PreparedRequest(request, tuple(prompt_ids), prompt_text if request.echo else "", max_tokens, mask)
 
     def _prompt(self, request: GenerationRequest) -> tuple[Sequence[int], str]:
         if request.input_ids is not None:
-            self._check_ids(request.input_ids)
             text = self._tokenizer.decode(request.input_ids) if request.echo and self._tokenizer else ""
             return request.input_ids, text
         name, text = ("text_input", request.text) if request.text is not None else ("messages", request.messages or "")
@@ -109,11 +110,11 @@ class Preparer:
             return self._tokenizer.encode(text, add_special_tokens=False), text
         return self._tokenizer.encode(text), text
 
-    def _check_ids(self, token_ids: Sequence[int]) -> None:
+    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
         for index, token in enumerate(token_ids):
             if not 0 <= token < self._artifact.vocab_size:
                 raise InvalidRequest(
-                    f"input_ids: expected ids from 0 to {self._artifact.vocab_size - 1}, got {token} at index {index}"
+                    f"{name}: expected token ids from 0 to {self._artifact.vocab_size - 1}, got {token} at index {index}"
                 )
 
     def _bad_words(self, words: Sequence[str]) -> BadWords:
@@ -125,6 +126,8 @@ class Preparer:
         spellings: dict[tuple[int, ...], None] = {}
         for word in words:
             for text in (word, " " + word.lstrip(" ")):
-                if ids := tuple(self._tokenizer.encode(text, add_special_tokens=False)):
+                ids = tuple(self._tokenizer.encode(text, add_special_tokens=False))
+                # A spelling with a token outside the model's vocabulary can never come.
+                if ids and max(ids) < self._artifact.vocab_size:
                     spellings[ids] = None
         return BadWords(tuple(spellings))

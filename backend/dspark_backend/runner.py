@@ -9,7 +9,7 @@ from collections import deque
 
 from dspark_backend.config import EngineConfig
 from dspark_backend.engine import Engine
-from dspark_backend.errors import InternalError, QueueFull
+from dspark_backend.errors import QueueFull
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.preparation import Preparer
 from dspark_backend.request import GenerationRequest
@@ -71,11 +71,11 @@ class EngineRunner:
         limit = self._config.max_queue_size
         with self._wake:
             if not self._accepting:
-                self.metrics.requests_finished_total__rejected.add()
+                self.metrics.requests_finished_total__rejected.add(request.num_sequences)
                 raise QueueFull("the server is shutting down; try another one")
             waiting = len(self._inbox) + self._engine.num_waiting
             if waiting >= limit:
-                self.metrics.requests_finished_total__rejected.add()
+                self.metrics.requests_finished_total__rejected.add(request.num_sequences)
                 raise QueueFull(
                     f"queue: expected fewer than {limit} waiting requests (max_queue_size), there are {waiting}; "
                     "try again later"
@@ -93,7 +93,10 @@ class EngineRunner:
         with self._wake:
             self._accepting = False
         deadline = time.monotonic() + drain_seconds
-        while time.monotonic() < deadline and not (self._engine.idle and not self._inbox):
+        while time.monotonic() < deadline:
+            with self._wake:
+                if self._engine.idle and not self._inbox:
+                    break
             time.sleep(0.02)
         with self._wake:
             self._stopping = True
@@ -107,20 +110,26 @@ class EngineRunner:
             with self._wake:
                 while not (self._inbox or self._stopping) and engine.idle:
                     self._wake.wait()
-                arrived = list(self._inbox)
-                self._inbox.clear()
+                # Under the lock, so that a draining stop() sees a request in the inbox or in the engine.
+                while self._inbox:
+                    engine.submit(self._inbox.popleft())
                 stopping = self._stopping
-            for state in arrived:
-                engine.submit(state)
-            if stopping:
-                engine.fail_all(QueueFull("the server is shutting down; try another one"))
-                return
             try:
+                if stopping:
+                    engine.fail_all(QueueFull("the server is shutting down; try another one"))
+                    return
                 engine.step()
             except Exception:  # the thread must outlive any defect: a dead engine would hang every client
                 logger.exception("an engine step failed")
-                engine.fail_all(InternalError("internal error; the server's log has the details"))
-                engine.cache.forget()
+                self._recover()
+                if stopping:
+                    return
+
+    def _recover(self) -> None:
+        try:
+            self._engine.recover()
+        except Exception:  # out of memory, perhaps: the next step fails and tries again
+            logger.exception("the engine could not be brought back to an empty state")
 
 
 def load_tokenizer(config: EngineConfig, artifact: VerifierArtifact) -> Tokenizer | None:

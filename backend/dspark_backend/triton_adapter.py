@@ -33,19 +33,21 @@ logger = logging.getLogger(__name__)
 _DRAIN_SECONDS = 3.0
 _CANCEL_POLL_SECONDS = 0.05
 
+# Names, not values: the stub fills pb_utils with its classes only after it imported the model.
 _CODES = {
-    Status.INVALID_ARGUMENT: pb_utils.TritonError.INVALID_ARG,
-    Status.UNAVAILABLE: pb_utils.TritonError.UNAVAILABLE,
+    Status.INVALID_ARGUMENT: "INVALID_ARG",
+    Status.UNAVAILABLE: "UNAVAILABLE",
     # Triton has no code for a deadline; the message's prefix tells the client.
-    Status.DEADLINE_EXCEEDED: pb_utils.TritonError.CANCELLED,
-    Status.CANCELLED: pb_utils.TritonError.CANCELLED,
-    Status.INTERNAL: pb_utils.TritonError.INTERNAL,
+    Status.DEADLINE_EXCEEDED: "CANCELLED",
+    Status.CANCELLED: "CANCELLED",
+    Status.INTERNAL: "INTERNAL",
 }
 
 
 def triton_error(error: DSparkError) -> Any:
     """Triton's error of ours: the code, and a message that starts with the status in brackets."""
-    return pb_utils.TritonError(f"[{error.status.value}] {error}", _CODES[error.status])
+    code = getattr(pb_utils.TritonError, _CODES[error.status])
+    return pb_utils.TritonError(f"[{error.status.value}] {error}", code)
 
 
 def read_parameters(args: dict[str, str]) -> dict[str, str]:

@@ -41,8 +41,10 @@ Arrays = Mapping[str, NDArray[Any]]
 def _text(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
+    if not isinstance(value, bytes):
+        raise InvalidRequest(f"{name}: expected UTF-8 text, got {type(value).__name__}")
     try:
-        return bytes(value).decode("utf-8")
+        return value.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"{name}: expected UTF-8 text, got invalid bytes at offset {error.start}") from None
 

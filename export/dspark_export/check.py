@@ -1,4 +1,4 @@
-"""Checks of a written verifier: it loads, gives finite numbers, the same ones twice, and the same ones in chunks."""
+"""Checks of written artifacts: they load, give finite numbers, the same ones twice, and the same ones in chunks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 
 from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.batch import FloatArray, Segment, StepBatch
+from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput
+from dspark_backend.stages.onnxruntime_drafter import OnnxRuntimeDrafter
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
 from dspark_backend.stages.protocol import VerifierStage
 from dspark_export.errors import ExportError
@@ -49,3 +51,54 @@ def check_verifier(directory: Path) -> None:
                 )
     finally:
         stage.close()
+
+
+def check_drafter(directory: Path, verifier_directory: Path) -> None:
+    """Draft one block behind random features, twice.
+
+    Raises:
+        ExportError: the graphs do not load, give numbers that are not finite, or others the second time.
+    """
+    try:
+        stage = OnnxRuntimeDrafter(directory, verifier_directory)
+    except ArtifactError as error:
+        raise ExportError(f"the written graphs do not load: {error}") from error
+    try:
+        first, second = (_draft_once(stage, split) for split in (_TOKENS, 7))
+        for name in ("tokens", "candidates", "probabilities", "confidence_logits"):
+            one, other = getattr(first, name), getattr(second, name)
+            if not np.isfinite(one).all():
+                raise ExportError(f"the written graph gives {name} that are not finite; is the checkpoint damaged?")
+            if not np.array_equal(one, other):
+                raise ExportError(f"the written graph is not deterministic on this machine: {name} differ")
+    finally:
+        stage.close()
+
+
+def _draft_once(stage: OnnxRuntimeDrafter, split: int) -> DraftOutput:
+    """A block behind _TOKENS context rows, the first ``split`` of them through the context graph where fewer."""
+    artifact, random = stage.artifact, np.random.default_rng(0)
+    features = random.standard_normal(
+        (_TOKENS, len(artifact.target_layer_ids) * artifact.hidden_size), dtype=np.float32
+    )
+    stage.allocate(1, _TOKENS + artifact.block_size, ())
+
+    def rows(start: int, end: int) -> ContextRows:
+        return ContextRows(features[start:end], np.arange(start, end), np.zeros(end - start, dtype=np.int64))
+
+    if split < _TOKENS:
+        stage.commit_context(rows(0, split))
+    ones = np.ones(1, dtype=np.float32)
+    return stage.draft(
+        DraftBatch(
+            context=rows(split if split < _TOKENS else 0, _TOKENS),
+            anchors=np.array([1]),
+            slots=np.array([0]),
+            starts=np.array([_TOKENS]),
+            uniforms=np.full((1, artifact.block_size), 0.5, dtype=np.float32),
+            temperature=ones,
+            top_k=np.array([artifact.num_candidates]),
+            top_p=ones,
+            min_p=0 * ones,
+        )
+    )

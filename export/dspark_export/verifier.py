@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import logging
-import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx_ir as ir
-
-from dspark_backend.stages.artifact import STAGE_FILE, VerifierArtifact
+from dspark_backend.stages.artifact import TensorLocation, VerifierArtifact, save_artifact
 from dspark_backend.stages.onnxruntime_verifier import MODEL_FILE
 from dspark_export.check import check_verifier
 from dspark_export.decoder import Decoder
 from dspark_export.errors import ExportError
 from dspark_export.families import describe
 from dspark_export.gguf_tokenizer import write_tokenizer
-from dspark_export.graph.verifier import VerifierGraph
+from dspark_export.graph.tape import save_graph
+from dspark_export.graph.verifier import EMBEDDING, HEAD, VerifierGraph
 from dspark_export.hf_tokenizer import copy_tokenizer
+from dspark_export.publish import Progress, file_sizes, published, tool_versions
 from dspark_export.source import open_weights, resolve_model, source_hash
 from dspark_export.tokenizer_info import TokenizerInfo
 from dspark_export.weights import WeightSource
@@ -29,10 +24,9 @@ from dspark_export.weights.gguf_file import GgufFile
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_MAX_CONTEXT = 8192
 
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the fraction done."""
-
-logger = logging.getLogger(__name__)
+_NO_TOKENIZER = TokenizerInfo(
+    bos_token_id=None, eos_token_ids=(), add_bos=None, chat_template=None, bos_token=None, eos_token=None
+)
 
 
 @dataclass(frozen=True)
@@ -76,20 +70,46 @@ def export_verifier(options: VerifierExport, progress: Progress) -> VerifierArti
         raise ExportError(
             f"--max-context: expected at most the model's {decoder.max_position}, got {options.max_context}"
         )
-    options.out.mkdir(parents=True, exist_ok=True)
     progress("hash the checkpoint", 0.0)
     digest = source_hash(weights.files)
-    with tempfile.TemporaryDirectory(dir=options.out, prefix=".export-") as scratch:
-        work = Path(scratch)
+    with published(options.out) as work:
         model = VerifierGraph(decoder, weights, taps, max_context, options.dtype).build()
-        _save(model, work, progress)
-        tokenizer = _write_tokenizer(path, weights, work)
-        artifact = _describe_artifact(options, decoder, taps, max_context, tokenizer, path, digest, work)
-        artifact.save(work)
+        locations = save_graph(model, work, MODEL_FILE, lambda done: progress("write weights", done))
+        tokenizer = _write_tokenizer(path, weights, work) or _NO_TOKENIZER
+        embedding = locations[EMBEDDING]
+        artifact = VerifierArtifact(
+            family=decoder.family,
+            runtime=options.runtime,
+            dtype=options.dtype,
+            vocab_size=decoder.vocab_size,
+            hidden_size=decoder.hidden_size,
+            num_layers=decoder.num_layers,
+            num_heads=decoder.attention.num_heads,
+            num_kv_heads=decoder.attention.num_kv_heads,
+            head_dim=decoder.attention.head_dim,
+            max_context=max_context,
+            target_layer_ids=taps,
+            embedding=embedding,
+            head=_head(decoder, locations, embedding),
+            eos_token_ids=tuple(tokenizer.eos_token_ids),
+            bos_token_id=tokenizer.bos_token_id,
+            add_bos=tokenizer.add_bos,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            chat_template=tokenizer.chat_template,
+            source=path.name,
+            source_hash=digest,
+            tool_versions=tool_versions(),
+            files=file_sizes(work),
+        )
+        save_artifact(artifact, work)
         progress("check the written graph", 0.0)
         check_verifier(work)
-        _publish(work, options.out)
     return artifact
+
+
+def _head(decoder: Decoder, locations: dict[str, TensorLocation], embedding: TensorLocation) -> TensorLocation:
+    return embedding if decoder.tied_embedding else locations[HEAD]
 
 
 def _taps(decoder: Decoder, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -103,58 +123,7 @@ def _taps(decoder: Decoder, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
     return wanted
 
 
-def _save(model: ir.Model, directory: Path, progress: Progress) -> None:
-    def written(_: object, info: ir.external_data.CallbackInfo) -> None:
-        progress("write weights", (info.index + 1) / info.total)
-
-    ir.save(model, directory / MODEL_FILE, external_data=f"{MODEL_FILE}.data", callback=written)
-
-
 def _write_tokenizer(path: Path, weights: WeightSource, directory: Path) -> TokenizerInfo | None:
     if isinstance(weights, GgufFile):
         return write_tokenizer(weights.reader, directory)
     return copy_tokenizer(path, directory)
-
-
-def _describe_artifact(
-    options: VerifierExport,
-    decoder: Decoder,
-    taps: tuple[int, ...],
-    max_context: int,
-    tokenizer: TokenizerInfo | None,
-    path: Path,
-    digest: str,
-    directory: Path,
-) -> VerifierArtifact:
-    packages = ("dspark-triton", "onnx", "onnx_ir", "onnxruntime", "numpy")
-    return VerifierArtifact(
-        family=decoder.family,
-        runtime=options.runtime,
-        dtype=options.dtype,
-        vocab_size=decoder.vocab_size,
-        hidden_size=decoder.hidden_size,
-        num_layers=decoder.num_layers,
-        num_heads=decoder.attention.num_heads,
-        num_kv_heads=decoder.attention.num_kv_heads,
-        head_dim=decoder.attention.head_dim,
-        max_context=max_context,
-        target_layer_ids=taps,
-        eos_token_ids=tuple(tokenizer.eos_token_ids) if tokenizer else (),
-        bos_token_id=tokenizer.bos_token_id if tokenizer else None,
-        add_bos=tokenizer.add_bos if tokenizer else None,
-        bos_token=tokenizer.bos_token if tokenizer else None,
-        eos_token=tokenizer.eos_token if tokenizer else None,
-        chat_template=tokenizer.chat_template if tokenizer else None,
-        source=path.name,
-        source_hash=digest,
-        tool_versions={package: importlib.metadata.version(package) for package in packages},
-        files={file.name: file.stat().st_size for file in sorted(directory.iterdir())},
-    )
-
-
-def _publish(work: Path, out: Path) -> None:
-    """Move the files into place, stage.json last: it marks the artifact complete."""
-    (out / STAGE_FILE).unlink(missing_ok=True)
-    files = sorted(work.iterdir(), key=lambda file: file.name == STAGE_FILE)
-    for file in files:
-        shutil.move(file, out / file.name)

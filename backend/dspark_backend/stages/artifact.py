@@ -8,12 +8,38 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from dspark_backend.errors import ArtifactError
+from dspark_backend.stages.batch import FloatArray
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STAGE_FILE = "stage.json"
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """A tensor inside an artifact's data file, row-major and little-endian."""
+
+    file: str
+    offset: int
+    """Bytes."""
+    shape: tuple[int, ...]
+    dtype: str
+    """float32, float16 or bfloat16."""
+
+    def read(self, directory: Path) -> FloatArray:
+        """The tensor as float32; memory-mapped where it is stored so."""
+        kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+        stored = np.memmap(directory / self.file, kinds[self.dtype], "r", self.offset, self.shape)
+        if self.dtype == "float32":
+            return stored
+        if self.dtype == "float16":
+            return stored.astype(np.float32)
+        # The upper half of a float32 is a bfloat16; numpy has no such type of its own.
+        return (stored.astype(np.uint32) << 16).view(np.float32)
 
 
 @dataclass(frozen=True)
@@ -34,6 +60,10 @@ class VerifierArtifact:
     """Most positions of a sequence, prompt included."""
     target_layer_ids: tuple[int, ...]
     """Decoder layers whose outputs the graph hands out as features, in order."""
+    embedding: TensorLocation
+    """Token embedding [V, H]: a drafter shares it."""
+    head: TensorLocation
+    """LM head [V, H]: a drafter shares it; the embedding itself where the two are tied."""
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     add_bos: bool | None
@@ -57,10 +87,53 @@ class VerifierArtifact:
         """Bytes of float32 keys and values of one position over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 4
 
-    def save(self, directory: Path) -> None:
-        """Write ``stage.json`` into the directory."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        (directory / STAGE_FILE).write_text(text + "\n", encoding="utf-8")
+
+@dataclass(frozen=True)
+class DrafterArtifact:
+    """Everything about an exported drafter that is not in its graphs."""
+
+    architecture: str
+    runtime: str
+    dtype: str
+    block_size: int
+    """gamma: tokens drafted a round."""
+    vocab_size: int
+    """Of the target."""
+    draft_vocab_size: int
+    """Tokens that can be proposed."""
+    num_candidates: int
+    """K: a draft is drawn from so many most probable tokens."""
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_context: int
+    target_layer_ids: tuple[int, ...]
+    markov_head: str
+    has_confidence: bool
+    verifier_hash: str
+    """source_hash of the verifier it was exported against."""
+    source: str
+    source_hash: str
+    tool_versions: dict[str, str]
+    files: dict[str, int]
+    kind: str = "drafter"
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of float32 keys and values of one position over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 4
+
+
+Artifact = TypeVar("Artifact", VerifierArtifact, DrafterArtifact)
+
+
+def save_artifact(artifact: VerifierArtifact | DrafterArtifact, directory: Path) -> None:
+    """Write ``stage.json`` into the directory."""
+    text = json.dumps(asdict(artifact), indent=2, ensure_ascii=False)
+    (directory / STAGE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_verifier_artifact(directory: Path) -> VerifierArtifact:
@@ -69,19 +142,65 @@ def load_verifier_artifact(directory: Path) -> VerifierArtifact:
     Raises:
         ArtifactError: no stage.json, not one of a verifier, of another format, or a file is missing or of another size.
     """
-    path = directory / STAGE_FILE
     hint = f"export the model again: dspark-export verifier --model MODEL --out {directory}"
+    return _load(directory, VerifierArtifact, hint)
+
+
+def load_drafter_artifact(directory: Path) -> DrafterArtifact:
+    """Read and check the artifact in a directory. Raises ArtifactError as for a verifier."""
+    hint = f"export it again: dspark-export drafter --checkpoint PATH --verifier DIR --out {directory}"
+    return _load(directory, DrafterArtifact, hint)
+
+
+def check_pair(drafter: DrafterArtifact, verifier: VerifierArtifact) -> None:
+    """Make sure that a drafter belongs to a verifier.
+
+    Raises:
+        ArtifactError: they differ in something that both must share; the message names both sides.
+    """
+    for what, ours, theirs in (
+        ("vocab_size", drafter.vocab_size, verifier.vocab_size),
+        ("hidden_size", drafter.hidden_size, verifier.hidden_size),
+        ("target_layer_ids", list(drafter.target_layer_ids), list(verifier.target_layer_ids)),
+    ):
+        if ours != theirs:
+            taps = ",".join(map(str, drafter.target_layer_ids))
+            advice = f"export the verifier with --target-layer-ids {taps}" if what == "target_layer_ids" else ""
+            raise ArtifactError(
+                f"drafter {drafter.source} does not fit verifier {verifier.source}: the drafter has {what} {ours}, "
+                f"the verifier {theirs}; {advice or 'use the drafter made for this model'}"
+            )
+    if drafter.verifier_hash != verifier.source_hash:
+        raise ArtifactError(
+            f"drafter {drafter.source} was exported against a verifier with source hash {drafter.verifier_hash[:12]}, "
+            f"this one ({verifier.source}) has {verifier.source_hash[:12]}; export the drafter again"
+        )
+
+
+def _load(directory: Path, kind: type[Artifact], hint: str) -> Artifact:
+    path = directory / STAGE_FILE
+    name = str(kind.__dataclass_fields__["kind"].default)
     if not path.is_file():
-        raise ArtifactError(f"{directory}: expected an exported verifier ({STAGE_FILE}), found none; {hint}")
+        raise ArtifactError(f"{directory}: expected an exported {name} ({STAGE_FILE}), found none; {hint}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path}: expected JSON, got {error}; {hint}") from error
-    artifact = _parse(path, raw, hint)
-    for name, size in artifact.files.items():
-        file = directory / name
+    if not isinstance(raw, dict) or raw.get("kind") != name:
+        found = raw.get("kind") if isinstance(raw, dict) else type(raw).__name__
+        raise ArtifactError(f"{path}: expected the kind {name!r}, got {found!r}; {hint}")
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path}: expected format_version {FORMAT_VERSION}, got {raw.get('format_version')!r}; {hint}"
+        )
+    names = {field.name for field in fields(kind)}
+    if missing := names - raw.keys():
+        raise ArtifactError(f"{path}: expected the keys {', '.join(sorted(missing))}, which are missing; {hint}")
+    artifact = kind(**{key: _value(key, raw[key]) for key in names})
+    for file_name, size in artifact.files.items():
+        file = directory / file_name
         if not file.is_file():
-            raise ArtifactError(f"{directory}: {STAGE_FILE} names {name}, which is missing; {hint}")
+            raise ArtifactError(f"{directory}: {STAGE_FILE} names {file_name}, which is missing; {hint}")
         if file.stat().st_size != size:
             raise ArtifactError(
                 f"{file}: expected {size} bytes as {STAGE_FILE} says, found {file.stat().st_size}; the file is "
@@ -90,16 +209,9 @@ def load_verifier_artifact(directory: Path) -> VerifierArtifact:
     return artifact
 
 
-def _parse(path: Path, raw: Any, hint: str) -> VerifierArtifact:
-    if not isinstance(raw, dict) or raw.get("kind") != "verifier":
-        found = raw.get("kind") if isinstance(raw, dict) else type(raw).__name__
-        raise ArtifactError(f"{path}: expected the kind 'verifier', got {found!r}; {hint}")
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {raw.get('format_version')!r}; {hint}"
-        )
-    names = {field.name for field in fields(VerifierArtifact)}
-    if missing := names - raw.keys():
-        raise ArtifactError(f"{path}: expected the keys {', '.join(sorted(missing))}, which are missing; {hint}")
-    values: dict[str, Any] = {name: tuple(raw[name]) if isinstance(raw[name], list) else raw[name] for name in names}
-    return VerifierArtifact(**values)
+def _value(key: str, raw: Any) -> Any:
+    if isinstance(raw, list):
+        return tuple(raw)
+    if key in ("embedding", "head"):
+        return TensorLocation(raw["file"], raw["offset"], tuple(raw["shape"]), raw["dtype"])
+    return raw

@@ -1,12 +1,13 @@
-"""What the engine asks of a verifier, whatever runtime is behind it."""
+"""What the engine asks of the two models, whatever runtime is behind them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from dspark_backend.stages.artifact import VerifierArtifact
+from dspark_backend.stages.artifact import DrafterArtifact, VerifierArtifact
 from dspark_backend.stages.batch import RowMove, StepBatch, StepOutput
+from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput
 
 
 class VerifierStage(Protocol):
@@ -28,6 +29,33 @@ class VerifierStage(Protocol):
 
     def step(self, batch: StepBatch) -> StepOutput:
         """Run the model over a batch. Positions must lie below the capacity."""
+
+    def close(self) -> None:
+        """Give back memory and device."""
+
+
+class DrafterStage(Protocol):
+    """The drafter with its own slot cache, of the same slots and capacity as the verifier's.
+
+    A row of the cache holds the drafter's keys and values of a committed position. A block's rows are written behind
+    them and count for that round alone.
+    """
+
+    @property
+    def artifact(self) -> DrafterArtifact:
+        """What was exported."""
+
+    def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
+        """As for the verifier; ``capacity`` must leave room for a block behind the last committed position."""
+
+    def copy_rows(self, move: RowMove) -> None:
+        """Copy cached rows between slots."""
+
+    def commit_context(self, context: ContextRows) -> None:
+        """Put rows into the cache without drafting."""
+
+    def draft(self, batch: DraftBatch) -> DraftOutput:
+        """Commit the batch's context rows, then draft a block for each request."""
 
     def close(self) -> None:
         """Give back memory and device."""

@@ -64,7 +64,7 @@ class Blocks:
         return shifted
 
     def head_norm(self, value: ir.Value, names: tuple[str, ...], repeats: tuple[int, ...]) -> ir.Value:
-        """RMS norm of every head, ``repeats[i]`` heads in a row with the weight ``names[i]``: [B, heads * D], same out."""
+        """RMS norm of every head of [B, heads * D]: ``repeats[i]`` heads in a row share the weight ``names[i]``."""
         dim, width = self.decoder.attention.head_dim, sum(repeats)
         normed = self.tape.op(
             "SimplifiedLayerNormalization",
@@ -110,7 +110,7 @@ class Blocks:
         )
 
     def query_key_value(self, prefix: str, normed: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Projections of a layer: queries and keys [B, (Hq + Hkv) * D], head-normed where the model does, and values."""
+        """Queries and keys of a layer [B, (Hq + Hkv) * D], head-normed where the model does that, and its values."""
         attention = self.decoder.attention
         heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
         projections = tuple(f"{prefix}.self_attn.{name}_proj" for name in ("q", "k", "v"))

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from dspark_backend.stages.artifact import TensorLocation
+
 CONTRIB = "com.microsoft"
 OPSET = 21
+SHARED_LOCATION = "provided-at-load"
+"""Stands where the data of shared initializers would be; no such file exists."""
 IR_VERSION = 10
+
+_INLINE_BYTES = 256
+"""Smaller tensors stay in the graph's own file."""
 
 _STORAGE = {
     "float32": ir.DataType.FLOAT,
@@ -67,6 +75,14 @@ class GraphTape:
         cast: ir.Value = self.op("Cast", stored, to=ir.DataType.FLOAT)
         return cast
 
+    def shared(self, name: str, shape: Sequence[int]) -> ir.Value:
+        """A float32 initializer without data: whoever loads the graph provides it under this name."""
+        size = 4 * int(np.prod(shape))
+        tensor = ir.ExternalTensor(
+            SHARED_LOCATION, 0, size, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name, base_dir=""
+        )
+        return self._tape.initializer(tensor)
+
     def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
         """Reshape to a shape of constants, at most one of them -1; 0 keeps the input's size there."""
         reshaped: ir.Value = self.op("Reshape", value, self.constant(shape))
@@ -90,6 +106,43 @@ class GraphTape:
             producer_name="dspark-export",
             metadata_props=dict(metadata),
         )
+
+
+def save_graph(
+    model: ir.Model, directory: Path, name: str, progress: Callable[[float], None] = lambda _: None
+) -> dict[str, TensorLocation]:
+    """Write ``name`` and its weights, in ``name``.data beside it, into ``directory``. Weights are read one at a time.
+
+    Returns where each weight is, by its name.
+    """
+
+    def written(_: object, info: ir.external_data.CallbackInfo) -> None:
+        progress((info.index + 1) / info.total)
+
+    own = [
+        value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+        and not isinstance(value.const_value, ir.ExternalTensor)
+        and value.const_value.nbytes > _INLINE_BYTES
+    ]
+    stored = ir.external_data.convert_tensors_to_external(
+        [value.const_value for value in own if value.const_value is not None],
+        directory,
+        f"{name}.data",
+        callback=written,
+    )
+    for value, tensor in zip(own, stored, strict=True):
+        value.const_value = tensor
+    ir.save(model, directory / name)
+    names = {dtype: spelling for spelling, dtype in _STORAGE.items()}
+    return {
+        tensor.name: TensorLocation(
+            f"{name}.data", tensor.offset or 0, tuple(tensor.shape.numpy()), names[tensor.dtype]
+        )
+        for tensor in stored
+        if tensor.name is not None and tensor.dtype in names
+    }
 
 
 def graph_input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

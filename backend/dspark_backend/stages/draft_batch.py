@@ -1,0 +1,68 @@
+"""What goes into a drafting round and what comes out: plain arrays, no runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_backend.stages.batch import FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class ContextRows:
+    """M newly committed positions whose target features become drafter context."""
+
+    features: FloatArray
+    """[M, F]"""
+    positions: IntArray
+    """[M]"""
+    slots: IntArray
+    """[M]"""
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.positions)
+
+
+@dataclass(frozen=True)
+class DraftBatch:
+    """One block for each of R requests."""
+
+    context: ContextRows
+    """Rows that are not in the cache yet; after them every position below a request's start is."""
+    anchors: IntArray
+    """[R]: the last token the target produced."""
+    slots: IntArray
+    """[R]"""
+    starts: IntArray
+    """[R]: the anchor's position."""
+    uniforms: FloatArray
+    """[R, g] in [0, 1): one number a draw, from the request's own DRAFT stream."""
+    temperature: FloatArray
+    """[R], above 0."""
+    top_k: IntArray
+    """[R], at least 1; 1 is greedy."""
+    top_p: FloatArray
+    """[R]"""
+    min_p: FloatArray
+    """[R]"""
+
+
+@dataclass(frozen=True)
+class DraftOutput:
+    """What the drafter proposes."""
+
+    tokens: IntArray
+    """[R, g]"""
+    candidates: IntArray
+    """[R, g, K]: tokens that could have been drawn."""
+    probabilities: FloatArray
+    """[R, g, K]: q of each candidate: the distribution the token was really drawn from."""
+    confidence_logits: FloatArray
+    """[R, g]"""
+
+    def proposal(self, row: int, slot: int) -> tuple[IntArray, FloatArray]:
+        """(tokens, probabilities) of the support of q at one place."""
+        support = np.flatnonzero(self.probabilities[row, slot])
+        return self.candidates[row, slot, support], self.probabilities[row, slot, support]

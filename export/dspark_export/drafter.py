@@ -1,0 +1,152 @@
+"""Export of a drafter: a released checkpoint and the verifier it belongs to -> two graphs and stage.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dspark_backend.stages.artifact import DrafterArtifact, VerifierArtifact, load_verifier_artifact, save_artifact
+from dspark_backend.stages.onnxruntime_drafter import CONTEXT_FILE, D2T_FILE, DRAFT_FILE
+from dspark_export.check import check_drafter
+from dspark_export.drafter_spec import DrafterSpec, describe_drafter
+from dspark_export.errors import ExportError
+from dspark_export.graph.drafter import DrafterGraph
+from dspark_export.graph.head import MAX_CANDIDATES
+from dspark_export.graph.tape import save_graph
+from dspark_export.publish import Progress, file_sizes, published, tool_versions
+from dspark_export.source import source_hash
+from dspark_export.verifier import DTYPES
+from dspark_export.weights import WeightSource
+from dspark_export.weights.safetensors_folder import SafetensorsFolder
+
+
+@dataclass(frozen=True)
+class DrafterExport:
+    """What to export, for which verifier. Raises ExportError for an unknown dtype."""
+
+    checkpoint: Path
+    verifier: Path
+    out: Path
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ExportError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+def export_drafter(options: DrafterExport, progress: Progress, expose_intermediates: bool = False) -> DrafterArtifact:
+    """Write the artifact into ``options.out``; nothing changes there unless everything succeeded.
+
+    ``expose_intermediates`` adds the graph's inner values as outputs, for comparison with a reference.
+
+    Raises:
+        ExportError: the checkpoint is incomplete, of a kind we cannot build, or of another target.
+        ArtifactError: the verifier's artifact is missing or corrupt.
+    """
+    verifier = load_verifier_artifact(options.verifier)
+    weights = SafetensorsFolder(options.checkpoint)
+    spec = describe_drafter(weights.config)
+    check_against_verifier(spec, weights, verifier, options.checkpoint.name)
+    with published(options.out) as work:
+        draft = DrafterGraph(spec, weights, verifier.max_context, options.dtype).build_draft(expose_intermediates)
+        save_graph(draft, work, DRAFT_FILE, lambda done: progress("write the drafter", done))
+        context = DrafterGraph(spec, weights, verifier.max_context, options.dtype).build_context()
+        save_graph(context, work, CONTEXT_FILE)
+        if spec.draft_vocab_size != spec.decoder.vocab_size:
+            np.save(work / D2T_FILE, weights.read("d2t").astype(np.int64))
+        attention = spec.decoder.attention
+        artifact = DrafterArtifact(
+            architecture=weights.config["architectures"][0],
+            runtime="onnxruntime",
+            dtype=options.dtype,
+            block_size=spec.block_size,
+            vocab_size=spec.decoder.vocab_size,
+            draft_vocab_size=spec.draft_vocab_size,
+            num_candidates=min(MAX_CANDIDATES, spec.draft_vocab_size),
+            hidden_size=spec.decoder.hidden_size,
+            num_layers=spec.decoder.num_layers,
+            num_heads=attention.num_heads,
+            num_kv_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            max_context=verifier.max_context,
+            target_layer_ids=spec.target_layer_ids,
+            markov_head=spec.head,
+            has_confidence=spec.confidence,
+            verifier_hash=verifier.source_hash,
+            source=options.checkpoint.name,
+            source_hash=source_hash(weights.files),
+            tool_versions=tool_versions(),
+            files=file_sizes(work),
+        )
+        save_artifact(artifact, work)
+        progress("check the written graphs", 0.0)
+        check_drafter(work, options.verifier)
+    return artifact
+
+
+def check_against_verifier(spec: DrafterSpec, weights: WeightSource, verifier: VerifierArtifact, name: str) -> None:
+    """Make sure that a checkpoint is whole and belongs to the verifier.
+
+    Raises:
+        ExportError: a tensor is missing or has another shape, or vocabulary, hidden size or taps differ; both sides are
+            named.
+    """
+    decoder = spec.decoder
+    for what, drafter_has, verifier_has in (
+        ("vocab_size", decoder.vocab_size, verifier.vocab_size),
+        ("hidden_size", decoder.hidden_size, verifier.hidden_size),
+        ("target_layer_ids", list(spec.target_layer_ids), list(verifier.target_layer_ids)),
+    ):
+        if drafter_has != verifier_has:
+            taps = ",".join(map(str, spec.target_layer_ids))
+            advice = "use the drafter made for this model"
+            if what == "target_layer_ids":
+                advice = f"export the verifier with --target-layer-ids {taps}"
+            raise ExportError(
+                f"drafter {name} does not fit verifier {verifier.source}: the drafter has {what} {drafter_has}, "
+                f"the verifier {verifier_has}; {advice}"
+            )
+    for tensor, shape in _expected_shapes(spec).items():
+        if weights.shape(tensor) != shape:
+            raise ExportError(f"drafter {name}: expected {tensor} of shape {shape}, got {weights.shape(tensor)}")
+
+
+def _expected_shapes(spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the graphs read, with its shape. Embedding and LM head come from the verifier."""
+    decoder, attention, rank = spec.decoder, spec.decoder.attention, spec.markov_rank
+    hidden, inner = decoder.hidden_size, decoder.intermediate_size
+    queries, keys = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, spec.feature_size),
+        "hidden_norm.weight": (hidden,),
+        "norm.weight": (hidden,),
+        "markov_head.markov_w1.weight": (decoder.vocab_size, rank),
+        "markov_head.markov_w2.weight": (spec.draft_vocab_size, rank),
+    }
+    for layer in range(decoder.num_layers):
+        prefix = f"layers.{layer}"
+        shapes |= {
+            f"{prefix}.input_layernorm.weight": (hidden,),
+            f"{prefix}.post_attention_layernorm.weight": (hidden,),
+            f"{prefix}.self_attn.q_proj.weight": (queries, hidden),
+            f"{prefix}.self_attn.k_proj.weight": (keys, hidden),
+            f"{prefix}.self_attn.v_proj.weight": (keys, hidden),
+            f"{prefix}.self_attn.o_proj.weight": (hidden, queries),
+            f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
+            f"{prefix}.mlp.up_proj.weight": (inner, hidden),
+            f"{prefix}.mlp.down_proj.weight": (hidden, inner),
+        }
+        if attention.qk_norm:
+            shapes[f"{prefix}.self_attn.q_norm.weight"] = (attention.head_dim,)
+            shapes[f"{prefix}.self_attn.k_norm.weight"] = (attention.head_dim,)
+    if spec.head == "gated":
+        shapes["markov_head.gate_proj.weight"] = (rank, hidden + rank)
+    if spec.head == "rnn":
+        shapes["markov_head.joint_proj.weight"] = (3 * rank, hidden + 2 * rank)
+    if spec.confidence:
+        shapes["confidence_head.proj.weight"] = (1, hidden + (rank if spec.confidence_with_markov else 0))
+    if spec.draft_vocab_size != decoder.vocab_size:
+        shapes["d2t"] = (spec.draft_vocab_size,)
+    return shapes

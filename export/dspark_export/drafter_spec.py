@@ -1,0 +1,76 @@
+"""A DSpark drafter as data, and the reading of released checkpoints (DESIGN, "Checkpoints we read", layout 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dspark_export.decoder import Decoder
+from dspark_export.errors import ExportError
+from dspark_export.families import describe
+
+HeadKind = Literal["vanilla", "gated", "rnn"]
+
+_ARCHITECTURES = ("Qwen3DSparkModel", "LlamaDSparkModel")
+
+
+@dataclass(frozen=True)
+class DrafterSpec:
+    """Backbone, sequential head and confidence head of a drafter."""
+
+    decoder: Decoder
+    """The backbone's layers. Its vocabulary is the target's."""
+    block_size: int
+    """gamma: tokens drafted a round."""
+    target_layer_ids: tuple[int, ...]
+    mask_token_id: int
+    markov_rank: int
+    head: HeadKind
+    confidence: bool
+    """Whether there is a confidence head; without one every draft counts as certain."""
+    confidence_with_markov: bool
+    """Whether the confidence head sees W1[x_{k-1}] beside h_k."""
+    draft_vocab_size: int
+    """Tokens the drafter can propose; smaller than the vocabulary where ``d2t`` maps them."""
+
+    @property
+    def feature_size(self) -> int:
+        return len(self.target_layer_ids) * self.decoder.hidden_size
+
+
+def describe_drafter(config: Mapping[str, Any]) -> DrafterSpec:
+    """The drafter that a released checkpoint's config.json describes.
+
+    Raises:
+        ExportError: another architecture, a missing key, or a value we cannot build.
+    """
+    architecture = (config.get("architectures") or [None])[0]
+    if architecture not in _ARCHITECTURES:
+        raise ExportError(
+            f"drafter config.json: expected architectures[0] to be one of {', '.join(_ARCHITECTURES)}, "
+            f"got {architecture!r}"
+        )
+    decoder = describe(config)
+    try:
+        head = config["markov_head_type"]
+        spec = DrafterSpec(
+            decoder=decoder,
+            block_size=config["block_size"],
+            target_layer_ids=tuple(config["target_layer_ids"]),
+            mask_token_id=config["mask_token_id"],
+            markov_rank=config["markov_rank"],
+            head=head,
+            confidence=bool(config.get("enable_confidence_head", False)),
+            confidence_with_markov=bool(config.get("confidence_head_with_markov", False)),
+            draft_vocab_size=config.get("draft_vocab_size") or decoder.vocab_size,
+        )
+    except KeyError as missing:
+        raise ExportError(f"drafter config.json: expected the key {missing}") from missing
+    if head not in ("vanilla", "gated", "rnn"):
+        raise ExportError(f"markov_head_type: expected vanilla, gated or rnn, got {head!r}")
+    if not 1 <= spec.block_size <= 64:
+        raise ExportError(f"block_size: expected 1 to 64, got {spec.block_size}")
+    if not 0 <= spec.mask_token_id < decoder.vocab_size:
+        raise ExportError(f"mask_token_id: expected a token below {decoder.vocab_size}, got {spec.mask_token_id}")
+    return spec

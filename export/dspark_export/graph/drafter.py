@@ -1,0 +1,199 @@
+"""The drafter's graphs in ONNX Runtime's dialect (DESIGN, "DSpark, in formulas").
+
+``draft`` runs one round: context keys and values of newly committed rows, the block backbone, and the sequential head
+unrolled gamma times with its draws. ``context`` is its first part alone, for prompts that are still being read.
+
+Context rows and block rows live in one slot cache in position order: the block's keys and values are scattered behind
+the context, and the next round's context overwrites them. So the drafter's numbers do not depend on how its context
+came in.
+
+Shapes: M context rows, R drafting requests, S cache rows in view, g block size, K candidates, V vocabulary (Vd where
+the drafter's is smaller), F features, r Markov rank; the others as in ``layout``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from dspark_backend.stages.onnxruntime_drafter import SHARED_EMBEDDING, SHARED_HEAD
+from dspark_export.drafter_spec import DrafterSpec
+from dspark_export.graph.blocks import Blocks, rope_tables
+from dspark_export.graph.head import SequentialHead
+from dspark_export.graph.layout import RaggedInputs, RaggedLayout, cache_index, ragged_layout
+from dspark_export.graph.tape import GraphTape, graph_input, graph_output
+from dspark_export.weights import WeightSource
+
+_INT, _FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
+
+
+@dataclass(frozen=True)
+class _Context:
+    """Keys and values of the context rows of every layer: each [M, Hkv, D], and where they go: [M, Hkv, 3]."""
+
+    keys: list[ir.Value]
+    values: list[ir.Value]
+    index: ir.Value
+
+
+class DrafterGraph:
+    """Builds one of the two graphs. Each instance builds once."""
+
+    def __init__(self, spec: DrafterSpec, weights: WeightSource, max_context: int, weight_dtype: str) -> None:
+        self._spec = spec
+        self._tape = GraphTape(weight_dtype)
+        self._blocks = Blocks(self._tape, spec.decoder, weights)
+        attention = spec.decoder.attention
+        self._cache_shape = ("S", attention.num_kv_heads, "C", attention.head_dim)
+        self._rotation = rope_tables(self._tape, attention, max_context)
+        self._features = graph_input("features", _FLOAT, ("M", spec.feature_size))
+        self._context_positions = graph_input("context_positions", _INT, ("M",))
+        self._context_rows = graph_input("context_rows", _INT, ("M",))
+        self._caches = [
+            graph_input(f"{kind}_cache_{layer}", _FLOAT, self._cache_shape)
+            for layer in range(spec.decoder.num_layers)
+            for kind in ("key", "value")
+        ]
+
+    @property
+    def _context_inputs(self) -> list[ir.Value]:
+        return [self._features, self._context_positions, self._context_rows]
+
+    def build_context(self) -> ir.Model:
+        """features -> caches."""
+        context = self._context()
+        written: list[ir.Value] = []
+        for layer in range(self._spec.decoder.num_layers):
+            written += self._write(layer, context.index, context.keys[layer], context.values[layer])
+        return self._tape.model(
+            "drafter_context", [*self._context_inputs, *self._caches], written, {"dspark.stage": "drafter"}
+        )
+
+    def build_draft(self, expose_intermediates: bool = False) -> ir.Model:
+        """One round. ``expose_intermediates`` adds hidden [R, g, H], base_logits and draft_logits [R, g, Vd]."""
+        spec, tape, blocks = self._spec, self._tape, self._blocks
+        decoder, block = spec.decoder, spec.block_size
+        anchors = graph_input("anchors", _INT, ("R",))
+        block_rows = graph_input("block_rows", _INT, ("R",))
+        starts = graph_input("starts", _INT, ("R",))
+        query_index = graph_input("query_index", _INT, ("S", block))
+
+        context = self._context()
+        layout = self._block_layout(block_rows, starts, query_index)
+        index = tape.op("Concat", context.index, layout.cache_index, axis=0)
+        embedding = tape.shared(SHARED_EMBEDDING, (decoder.vocab_size, decoder.hidden_size))
+        masks = tape.op(
+            "Expand",
+            tape.constant([[spec.mask_token_id] * (block - 1)]),
+            tape.op("Concat", tape.op("Shape", anchors), tape.constant([1]), axis=0),
+        )
+        tokens = tape.op("Concat", tape.op("Unsqueeze", anchors, tape.constant([1])), masks, axis=1)
+        residual = tape.op("Gather", embedding, tape.reshape(tokens, (-1,)), axis=0)  # [R*g, H]
+        normed = blocks.norm(residual, "layers.0.input_layernorm.weight")
+        written = []
+        for layer in range(decoder.num_layers):
+            prefix = f"layers.{layer}"
+            query, key, value = self._project(prefix, normed, layout)
+            keys, values = self._write(
+                layer,
+                index,
+                tape.op("Concat", context.keys[layer], key, axis=0),
+                tape.op("Concat", context.values[layer], value, axis=0),
+            )
+            written += [keys, values]
+            mixed = blocks.output(prefix, blocks.attend(query, keys, values, layout))
+            normed, residual = blocks.add_and_norm(mixed, residual, f"{prefix}.post_attention_layernorm.weight")
+            last = layer == decoder.num_layers - 1
+            following = "norm.weight" if last else f"layers.{layer + 1}.input_layernorm.weight"
+            normed, residual = blocks.add_and_norm(blocks.mlp(prefix, normed), residual, following)
+
+        head_weight = tape.shared(SHARED_HEAD, (spec.draft_vocab_size, decoder.hidden_size))
+        base = tape.reshape(tape.op("Gemm", normed, head_weight, transB=1), (-1, block, spec.draft_vocab_size))
+        hidden = tape.reshape(normed, (-1, block, decoder.hidden_size))
+        head = SequentialHead(spec, blocks)
+        drawn = head.build(anchors, hidden, base)
+        outputs = [
+            graph_output(drawn.tokens, "tokens", _INT, ("R", block)),
+            graph_output(drawn.candidates, "candidates", _INT, ("R", block, head.num_candidates)),
+            graph_output(drawn.probabilities, "probabilities", _FLOAT, ("R", block, head.num_candidates)),
+            graph_output(drawn.confidence, "confidence_logits", _FLOAT, ("R", block)),
+        ]
+        if expose_intermediates:
+            outputs += [
+                graph_output(hidden, "hidden", _FLOAT, ("R", block, decoder.hidden_size)),
+                graph_output(base, "base_logits", _FLOAT, ("R", block, spec.draft_vocab_size)),
+                graph_output(drawn.logits, "draft_logits", _FLOAT, ("R", block, spec.draft_vocab_size)),
+            ]
+        inputs = [
+            *self._context_inputs, anchors, block_rows, starts, query_index, *head.inputs, *self._caches
+        ]  # fmt: skip
+        return tape.model("drafter", inputs, [*outputs, *written], {"dspark.stage": "drafter"})
+
+    def _context(self) -> _Context:
+        """c = RMSNorm(fc(features)); keys and values of all layers in one product. c passes no input_layernorm."""
+        spec, tape, blocks = self._spec, self._tape, self._blocks
+        decoder, attention = spec.decoder, spec.decoder.attention
+        layers, kv_heads, dim = decoder.num_layers, attention.num_kv_heads, attention.head_dim
+        projected = blocks.linear(self._features, ("fc",), spec.feature_size, bias=False)
+        context = blocks.norm(projected, "hidden_norm.weight")
+        names = [f"layers.{layer}.self_attn.{kind}_proj" for kind in ("k", "v") for layer in range(layers)]
+        both = blocks.linear(context, tuple(names), decoder.hidden_size, attention.qkv_bias)
+        key, value = tape.op("Split", both, outputs=2, axis=1, num_outputs=2)
+        if attention.qk_norm:
+            norms = tuple(f"layers.{layer}.self_attn.k_norm.weight" for layer in range(layers))
+            key = blocks.head_norm(key, norms, (kv_heads,) * layers)
+        positions = tape.op("Unsqueeze", self._context_positions, tape.constant([0]))
+        key = blocks.rotate(key, layers * kv_heads, positions, self._rotation)
+        return _Context(
+            keys=self._by_layer(tape.reshape(key, (-1, layers * kv_heads, dim))),
+            values=self._by_layer(tape.reshape(value, (-1, layers * kv_heads, dim))),
+            index=cache_index(tape, self._context_rows, self._context_positions, kv_heads),
+        )
+
+    def _by_layer(self, rows: ir.Value) -> list[ir.Value]:
+        layers = self._spec.decoder.num_layers
+        if layers == 1:
+            return [rows]
+        return list(self._tape.op("Split", rows, outputs=layers, axis=1, num_outputs=layers))
+
+    def _write(self, layer: int, index: ir.Value, key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Scatter rows into a layer's two caches."""
+        written = []
+        for offset, (kind, rows) in enumerate((("key", key), ("value", value))):
+            cache = self._tape.op("ScatterND", self._caches[2 * layer + offset], index, rows)
+            written.append(graph_output(cache, f"{kind}_cache_{layer}_out", _FLOAT, self._cache_shape))
+        return written[0], written[1]
+
+    def _block_layout(self, block_rows: ir.Value, starts: ir.Value, query_index: ir.Value) -> RaggedLayout:
+        """Block slot k of request i is token i*g + k, at position starts[i] + k; it sees all up to the block's end."""
+        tape, block = self._tape, self._spec.block_size
+        offsets = tape.constant(np.arange(block).reshape(1, block))
+        start = tape.op("Unsqueeze", starts, tape.constant([1]))
+        flat = tape.constant([-1])
+        positions = tape.op("Reshape", tape.op("Add", start, offsets), flat)
+        ends = tape.op("Add", start, tape.constant(np.full((1, block), block - 1)))
+        zero = tape.op("Sub", start, start)
+        row = tape.op("Unsqueeze", block_rows, tape.constant([1]))
+        inputs = RaggedInputs(
+            positions=positions,
+            rows=tape.op("Reshape", tape.op("Add", row, tape.constant(np.zeros((1, block)))), flat),
+            columns=tape.op("Reshape", tape.op("Add", zero, offsets), flat),
+            query_index=query_index,
+            horizon=tape.op("Reshape", ends, flat),
+        )
+        return ragged_layout(tape, inputs, self._spec.decoder.attention, self._caches[0])
+
+    def _project(self, prefix: str, normed: ir.Value, layout: RaggedLayout) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Queries [S, Hkv, G*g, D], keys and values [R*g, Hkv, D] of the block rows."""
+        tape, blocks, attention = self._tape, self._blocks, self._spec.decoder.attention
+        joined, value = blocks.query_key_value(prefix, normed)
+        width = attention.num_heads + attention.num_kv_heads
+        rotated = blocks.rotate(joined, width, layout.position_ids, self._rotation)
+        head_rows = tape.reshape(rotated, (-1, attention.head_dim))
+        return (
+            tape.op("Gather", head_rows, layout.query_rows, axis=0),
+            tape.op("Gather", head_rows, layout.key_rows, axis=0),
+            tape.reshape(value, (-1, attention.num_kv_heads, attention.head_dim)),
+        )

@@ -1,0 +1,39 @@
+"""What every export shares: a scratch folder that becomes the artifact only when all of it is there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dspark_backend.stages.artifact import STAGE_FILE
+
+Progress = Callable[[str, float], None]
+"""Called with what is being done and the fraction done."""
+
+_TOOLS = ("dspark-triton", "onnx", "onnx_ir", "onnxruntime", "numpy")
+
+
+@contextmanager
+def published(out: Path) -> Iterator[Path]:
+    """A scratch folder; its files move into ``out`` at the end, stage.json last, and only if nothing was raised."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as scratch:
+        work = Path(scratch)
+        yield work
+        (out / STAGE_FILE).unlink(missing_ok=True)
+        for file in sorted(work.iterdir(), key=lambda file: file.name == STAGE_FILE):
+            shutil.move(file, out / file.name)
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of the packages that shape an artifact."""
+    return {package: importlib.metadata.version(package) for package in _TOOLS}
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Bytes of every file of a scratch folder, by name."""
+    return {file.name: file.stat().st_size for file in sorted(directory.iterdir())}
