@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_backend.errors import ConfigError
-from dspark_backend.scheduling import POLICIES
+from dspark_backend.scheduling import parse_policy
 
 
 def _parse(key: str, kind: str, text: str, base: Path) -> Any:
@@ -71,7 +71,10 @@ class EngineConfig:
             if not good:
                 raise ConfigError(f"{key}: expected {wanted}, got {getattr(self, key)!r}")
 
-        check("policy", self.policy in POLICIES, f"one of {', '.join(sorted(POLICIES))}")
+        try:
+            parse_policy(self.policy)
+        except ValueError as error:
+            raise ConfigError(f"policy: {error}") from None
         check("max_slots", 1 <= self.max_slots <= 1024, "1 to 1024")
         check("kv_budget_mib", self.kv_budget_mib >= 1, "at least 1")
         check("max_context", self.max_context == 0 or self.max_context >= 2, "0 or at least 2")

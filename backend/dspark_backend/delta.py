@@ -22,6 +22,9 @@ class Usage:
     input_tokens: int
     output_tokens: int
     draft_tokens: int
+    """Proposed by the drafter."""
+    verified_draft_tokens: int
+    """Checked by the target."""
     accepted_draft_tokens: int
     rounds: int
     """Verification steps of the target after prefill."""
@@ -32,8 +35,8 @@ class Usage:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted over proposed draft tokens; 0 where nothing was proposed."""
-        return self.accepted_draft_tokens / self.draft_tokens if self.draft_tokens else 0.0
+        """Accepted over verified draft tokens; 0 where nothing was verified."""
+        return self.accepted_draft_tokens / self.verified_draft_tokens if self.verified_draft_tokens else 0.0
 
 
 @dataclass(frozen=True)

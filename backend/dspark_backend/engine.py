@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from dspark_backend.admission import AdmissionQueue
 from dspark_backend.config import EngineConfig
-from dspark_backend.delta import FinishReason
-from dspark_backend.errors import DeadlineExceeded, DSparkError, InternalError, RequestCancelled, Status
+from dspark_backend.errors import DeadlineExceeded, DSparkError, InternalError, RequestCancelled
 from dspark_backend.kv_cache import KvCache
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.rng import Purpose
 from dspark_backend.sampling import draw, greedy_token, log_probability, needs_logits, target_distribution
-from dspark_backend.scheduling import POLICIES, DraftRound
+from dspark_backend.scheduling import DraftRound, parse_policy
 from dspark_backend.sequence import RequestState, SequenceState
 from dspark_backend.stages.batch import FloatArray, Segment, StepBatch, StepOutput
 from dspark_backend.stages.protocol import VerifierStage
@@ -51,7 +50,7 @@ class Engine:
         self._stage = stage
         self._tokenizer = tokenizer
         self._config = config
-        self._policy = POLICIES[config.policy]()
+        self._policy = parse_policy(config.policy)
         self.metrics = EngineMetrics()
         self.cache = KvCache(stage, config.max_slots, config.kv_budget_mib * _MIB, config.max_context)
         self._requests: set[RequestState] = set()
@@ -169,7 +168,15 @@ class Engine:
         """Verification depth of every running sequence, int64 [R]."""
         remaining = [sequence.prepared.max_tokens - sequence.context.output_length for sequence in self._verifying]
         limits = np.array(remaining, dtype=np.int64) - 1
-        return self._policy.depths(DraftRound(survival=np.empty((len(limits), 0)), limits=limits, cost=None))
+        return self._policy.depths(
+            DraftRound(
+                survival=np.empty((len(limits), 0)),
+                lagged_survival=np.empty((len(limits), 0)),
+                limits=limits,
+                seconds=np.ones(1),
+                base_tokens=len(limits),
+            )
+        )
 
     def _verify(self, depths: NDArray[np.int64]) -> None:
         """Run the target over the anchors (and ``depths`` drafts each), and take what it says."""
@@ -251,7 +258,8 @@ class Engine:
         if delta.finish_reason is not None:
             self._retire(sequence)
             state.open -= 1
-            self._count_finished(sequence, delta.finish_reason)
+            if delta.usage is not None:
+                self.metrics.count_finished(delta.finish_reason, delta.usage)
         last = state.open == 0
         if last:
             self._requests.discard(state)
@@ -260,16 +268,6 @@ class Engine:
         except Exception:  # nobody listens any more: the others must go on
             logger.exception("a result could not be delivered")
             self._fail(state, InternalError(_SEE_LOG))
-
-    def _count_finished(self, sequence: SequenceState, reason: FinishReason) -> None:
-        metrics, arrival = self.metrics, sequence.state.arrival_ns
-        stopped = reason is FinishReason.STOP
-        (metrics.requests_finished_total__stop if stopped else metrics.requests_finished_total__length).add()
-        metrics.e2e_request_latency_seconds.observe((sequence.last_token_ns - arrival) / 1e9)
-        tokens = sequence.context.output_length
-        if tokens > 1:
-            span = sequence.last_token_ns - sequence.first_token_ns
-            metrics.time_per_output_token_seconds.observe(span / (tokens - 1) / 1e9)
 
     def _retire(self, sequence: SequenceState) -> None:
         """Give back the slot of a sequence that runs no more."""
@@ -290,12 +288,7 @@ class Engine:
         for sequence in [*self._prefilling, *self._verifying]:
             if sequence.state is state:
                 self._retire(sequence)
-        counters = {
-            Status.CANCELLED: self.metrics.requests_finished_total__cancelled,
-            Status.DEADLINE_EXCEEDED: self.metrics.requests_finished_total__deadline,
-            Status.UNAVAILABLE: self.metrics.requests_finished_total__rejected,
-        }
-        counters.get(error.status, self.metrics.requests_finished_total__error).add(state.open)
+        self.metrics.count_failed(error.status, state.open)
         try:
             state.sink.error(error)
         except Exception:  # as above

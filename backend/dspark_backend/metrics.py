@@ -9,6 +9,9 @@ from collections import deque
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
+from dspark_backend.delta import FinishReason, Usage
+from dspark_backend.errors import Status
+
 PREFIX = "dspark_"
 
 _LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -96,6 +99,24 @@ class EngineMetrics:
     request_queue_time_seconds: Histogram = field(
         default_factory=lambda: Histogram("From arrival to the first slot.", _LATENCY_BUCKETS)
     )
+
+    def count_finished(self, reason: FinishReason, usage: Usage) -> None:
+        """A sequence reached its end."""
+        stopped = reason is FinishReason.STOP
+        (self.requests_finished_total__stop if stopped else self.requests_finished_total__length).add()
+        self.e2e_request_latency_seconds.observe((usage.last_token_ns - usage.arrival_ns) / 1e9)
+        if usage.output_tokens > 1:
+            span = usage.last_token_ns - usage.first_token_ns
+            self.time_per_output_token_seconds.observe(span / (usage.output_tokens - 1) / 1e9)
+
+    def count_failed(self, status: Status, sequences: int) -> None:
+        """So many sequences ended with an error."""
+        counters = {
+            Status.CANCELLED: self.requests_finished_total__cancelled,
+            Status.DEADLINE_EXCEEDED: self.requests_finished_total__deadline,
+            Status.UNAVAILABLE: self.requests_finished_total__rejected,
+        }
+        counters.get(status, self.requests_finished_total__error).add(sequences)
 
     def items(self) -> list[tuple[str, Counter | Gauge | Histogram]]:
         """(exported name, metric) of every field."""

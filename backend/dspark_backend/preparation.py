@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dspark_backend.bad_words import BadWords, TokenMask
 from dspark_backend.chat import ChatTemplate
 from dspark_backend.errors import InvalidRequest
 from dspark_backend.request import GenerationRequest
+from dspark_backend.scheduling import DepthPolicy, Off, parse_policy
 from dspark_backend.stages.artifact import VerifierArtifact
 from dspark_backend.tokenizer import Tokenizer
 
@@ -26,6 +27,8 @@ class PreparedRequest:
     """For echo; empty where nobody asked."""
     max_tokens: int
     mask: TokenMask
+    policy: DepthPolicy = field(default_factory=Off)
+    """How deep its drafts are verified."""
 
     @property
     def reserve(self) -> int:
@@ -44,6 +47,7 @@ class Preparer:
         max_sequences: int,
         default_max_tokens: int,
         max_prompt_bytes: int = 0,
+        default_policy: DepthPolicy | None = None,
     ) -> None:
         self._artifact = artifact
         self._tokenizer = tokenizer
@@ -51,6 +55,7 @@ class Preparer:
         self._max_context = max_context
         self._max_sequences = max_sequences
         self._default_max_tokens = default_max_tokens
+        self._default_policy = default_policy
         self._max_prompt_bytes = max_prompt_bytes or _BYTES_PER_TOKEN * max_context
 
     def prepare(self, request: GenerationRequest) -> PreparedRequest:
@@ -89,7 +94,26 @@ class Preparer:
             min_tokens=request.min_tokens,
             end_ids=tuple(token for token in self._artifact.eos_token_ids if token < self._artifact.vocab_size),
         )
-        return PreparedRequest(request, tuple(prompt_ids), prompt_text if request.echo else "", max_tokens, mask)
+        return PreparedRequest(
+            request=request,
+            prompt_ids=tuple(prompt_ids),
+            prompt_text=prompt_text if request.echo else "",
+            max_tokens=max_tokens,
+            mask=mask,
+            policy=self._policy(request.draft_policy),
+        )
+
+    def _policy(self, wanted: str | None) -> DepthPolicy:
+        """The request's own policy or the engine's; without a drafter there is only ``off``."""
+        try:
+            policy = self._default_policy if wanted is None else parse_policy(wanted)
+        except ValueError as error:
+            raise InvalidRequest(f"draft_policy: {error}") from None
+        if self._default_policy is None:
+            if policy is not None and policy.drafts:
+                raise InvalidRequest(f"draft_policy: expected off, this server runs without a drafter, got {wanted!r}")
+            return Off()
+        return policy or Off()
 
     def _prompt(self, request: GenerationRequest) -> tuple[Sequence[int], str]:
         if request.input_ids is not None:
@@ -114,7 +138,7 @@ class Preparer:
         for index, token in enumerate(token_ids):
             if not 0 <= token < self._artifact.vocab_size:
                 raise InvalidRequest(
-                    f"{name}: expected token ids from 0 to {self._artifact.vocab_size - 1}, got {token} at index {index}"
+                    f"{name}: expected ids from 0 to {self._artifact.vocab_size - 1}, got {token} at index {index}"
                 )
 
     def _bad_words(self, words: Sequence[str]) -> BadWords:

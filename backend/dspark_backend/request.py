@@ -114,6 +114,10 @@ class GenerationRequest:
     """Higher is admitted first; equal priorities first come, first served."""
     timeout_ms: int | None = None
     """From arrival to the last token."""
+    draft_policy: str | None = None
+    """How deep drafts are verified: off, fixed:N, threshold:P, causal or lagged. None takes the engine's policy."""
+    max_draft_tokens: int | None = None
+    """Most drafts verified a round; 0 turns speculation off for this request."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("text", "input_ids", "messages") if getattr(self, name) is not None]
@@ -139,5 +143,7 @@ class GenerationRequest:
         )
         if self.timeout_ms is not None:
             _require(self.timeout_ms >= 1, f"timeout_ms: expected at least 1, got {self.timeout_ms}")
+        if self.max_draft_tokens is not None:
+            _require(self.max_draft_tokens >= 0, f"max_draft_tokens: expected at least 0, got {self.max_draft_tokens}")
         _check_words("stop_words", self.stop_words, MAX_STOP_STRINGS)
         _check_words("bad_words", self.bad_words, MAX_BAD_WORDS)

@@ -1,46 +1,162 @@
-"""Verification depth policies: how many drafts of each request go into the next step."""
+"""Verification depth policies: how many drafts of each request go into the next step.
+
+DESIGN, "Scheduling"; the DSpark paper's Algorithm 1 is :class:`Causal`. A policy must stay lossless: whether draft j of
+a request is verified may depend on the tokens before it, never on itself or on those behind it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_backend.cost import CostTable
+IntArray = NDArray[np.int64]
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class DraftRound:
-    """What a policy may look at. Nothing here depends on the values of the drafted tokens but through ``survival``."""
+    """What a policy may look at: R requests with a block of g drafts each."""
 
-    survival: NDArray[np.float64]
-    """[R, gamma]: calibrated probability that drafts 1 .. k are all accepted."""
-    limits: NDArray[np.int64]
-    """[R]: most drafts worth verifying for each request (its own cap, the tokens it may still emit)."""
-    cost: CostTable | None
-    """None where no curve was measured: policies that need one refuse at load."""
+    survival: FloatArray
+    """[R, g]: calibrated probability that drafts 1 .. k all stand; does not grow along a row."""
+    lagged_survival: FloatArray
+    """[R, g]: the same of two rounds ago (an average where a request has none): independent of this round's drafts."""
+    limits: IntArray
+    """[R]: most drafts worth verifying for each request: its own cap, the tokens it may still emit."""
+    seconds: FloatArray
+    """[g * R + 1]: predicted time of the whole round when k drafts are verified in all, the drafter's time included."""
+    base_tokens: float
+    """Tokens this step yields however deep we verify: one a request of the batch, also those of other policies."""
+
+    @property
+    def num_requests(self) -> int:
+        return len(self.limits)
 
 
 class DepthPolicy(Protocol):
     """Chooses depths, one a request, between 0 and its limit."""
 
-    drafts: bool
-    """False: the drafter never runs."""
+    @property
+    def drafts(self) -> bool:
+        """False: the drafter never runs for requests of this policy."""
 
-    def depths(self, draft_round: DraftRound) -> NDArray[np.int64]:
+    def depths(self, draft_round: DraftRound) -> IntArray:
         """Drafts to verify for each request, int64 [R]."""
 
 
+@dataclass(frozen=True)
 class Off:
-    """No speculation: every step verifies the anchors alone."""
+    """No speculation."""
 
     drafts = False
 
-    def depths(self, draft_round: DraftRound) -> NDArray[np.int64]:
-        return np.zeros(len(draft_round.limits), dtype=np.int64)
+    def depths(self, draft_round: DraftRound) -> IntArray:
+        return np.zeros(draft_round.num_requests, dtype=np.int64)
 
 
-POLICIES: Mapping[str, type[DepthPolicy]] = {"off": Off}
+@dataclass(frozen=True)
+class Fixed:
+    """The same depth for everybody: the usual baseline; depth 1 resembles a single MTP head."""
+
+    depth: int
+    drafts = True
+
+    def depths(self, draft_round: DraftRound) -> IntArray:
+        return np.minimum(draft_round.limits, min(self.depth, draft_round.survival.shape[1]))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The reference's static rule: verify while the survival probability is at least ``level``."""
+
+    level: float
+    drafts = True
+
+    def depths(self, draft_round: DraftRound) -> IntArray:
+        deep = np.cumprod(draft_round.survival >= self.level, axis=1).sum(axis=1)
+        return np.minimum(draft_round.limits, deep.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Algorithm 1: admit drafts by descending survival while throughput grows, and stop at the first that lowers it.
+
+    Stopping at once is what keeps it lossless: a search beyond would look at confidences that depend on drafts whose
+    admission is being decided.
+    """
+
+    drafts = True
+
+    def depths(self, draft_round: DraftRound) -> IntArray:
+        ranking = _Ranking.of(draft_round.survival, draft_round.limits)
+        gain = draft_round.base_tokens + np.cumsum(ranking.survival)
+        throughput = np.concatenate([[draft_round.base_tokens], gain]) / draft_round.seconds[: len(gain) + 1]
+        falls = np.flatnonzero(throughput[1:] <= throughput[:-1])
+        return ranking.depths(int(falls[0]) if falls.size else len(gain))
+
+
+@dataclass(frozen=True)
+class Lagged:
+    """The budget is the best one for the confidences of two rounds ago, cliffs in the cost curve and all; the live
+    confidences rank who gets it. Lossless because the budget does not see this round's drafts.
+    """
+
+    drafts = True
+
+    def depths(self, draft_round: DraftRound) -> IntArray:
+        past = _Ranking.of(draft_round.lagged_survival, draft_round.limits)
+        gain = np.concatenate([[0.0], np.cumsum(past.survival)])
+        throughput = (draft_round.base_tokens + gain) / draft_round.seconds[: len(gain)]
+        budget = int(np.argmax(throughput))
+        return _Ranking.of(draft_round.survival, draft_round.limits).depths(budget)
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """All drafts within the limits by descending survival; equal ones by place in the block, then by request, so that
+    no tie is broken by what a token is, and a request's drafts come in order.
+    """
+
+    survival: FloatArray
+    """[n], descending."""
+    requests: IntArray
+    """[n]: whose draft it is."""
+    num_requests: int
+
+    @classmethod
+    def of(cls, survival: FloatArray, limits: IntArray) -> _Ranking:
+        count, block = survival.shape
+        # Transposed: position in the flat array is then the order in which ties are broken.
+        flat = np.where(np.arange(block)[:, None] < limits, survival.T, -1.0).ravel()
+        order = np.argsort(-flat, kind="stable")[: int(np.minimum(limits, block).sum())]
+        return cls(flat[order], order % count, count)
+
+    def depths(self, budget: int) -> IntArray:
+        """How many of the first ``budget`` drafts each request has: int64 [R]."""
+        return np.bincount(self.requests[:budget], minlength=self.num_requests).astype(np.int64)
+
+
+POLICY_FORMS = "off, fixed:N, threshold:P, causal or lagged"
+
+
+def parse_policy(text: str) -> DepthPolicy:
+    """The policy that a setting names.
+
+    Raises:
+        ValueError: another name, or a missing or wrong number; the message says what was expected.
+    """
+    name, _, argument = text.partition(":")
+    plain: dict[str, DepthPolicy] = {"off": Off(), "causal": Causal(), "lagged": Lagged()}
+    if name in plain and not argument:
+        return plain[name]
+    try:
+        if name == "fixed" and int(argument) >= 0:
+            return Fixed(int(argument))
+        if name == "threshold" and 0.0 <= float(argument) <= 1.0:
+            return Threshold(float(argument))
+    except ValueError:
+        pass
+    raise ValueError(f"expected {POLICY_FORMS} (N at least 0, P from 0 to 1), got {text!r}")

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from dspark_backend.delta import Delta, FinishReason, Usage
 from dspark_backend.detokenizer import IncrementalDetokenizer
+from dspark_backend.draft_state import DraftState
 from dspark_backend.errors import DSparkError, InternalError
 from dspark_backend.kv_cache import Slot
 from dspark_backend.penalties import SamplingContext
@@ -69,6 +70,7 @@ class SequenceState:
         self.context = SamplingContext(prompt)
         self.rng = RngStreams(request.sampling.seed, index)
         self.finish_reason: FinishReason | None = None
+        self.draft = DraftState()
         self.rounds = 0
         self.first_scheduled_ns = 0
         self.first_token_ns = 0
@@ -149,8 +151,9 @@ class SequenceState:
         return Usage(
             input_tokens=len(self.prepared.prompt_ids),
             output_tokens=self.context.output_length,
-            draft_tokens=0,
-            accepted_draft_tokens=0,
+            draft_tokens=self.draft.drafted_tokens,
+            verified_draft_tokens=self.draft.verified_tokens,
+            accepted_draft_tokens=self.draft.accepted_tokens,
             rounds=self.rounds,
             arrival_ns=self.state.arrival_ns,
             first_scheduled_ns=self.first_scheduled_ns,

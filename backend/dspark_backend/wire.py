@@ -107,6 +107,7 @@ def render(deltas: Sequence[Delta]) -> dict[str, NDArray[Any]]:
             "acceptance_rate": [usage.acceptance_rate for usage in usages],
             "total_accepted_draft_tokens": [usage.accepted_draft_tokens for usage in usages],
             "total_draft_tokens": [usage.draft_tokens for usage in usages],
+            "total_verified_draft_tokens": [usage.verified_draft_tokens for usage in usages],
             "num_rounds": [usage.rounds for usage in usages],
             "arrival_time_ns": [usages[0].arrival_ns],
             "first_scheduled_time_ns": [usage.first_scheduled_ns for usage in usages],

@@ -49,6 +49,8 @@ INPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("num_return_sequences", "INT32", (1,), "answers for this prompt; default 1"),
     TensorSpec("priority", "INT32", (1,), "higher is admitted first; default 0"),
     TensorSpec("timeout_ms", "INT32", (1,), "deadline from arrival to the last token; default none"),
+    TensorSpec("draft_policy", "BYTES", (1,), "off, fixed:N, threshold:P, causal or lagged; default the engine's"),
+    TensorSpec("max_draft_tokens", "INT32", (1,), "most drafts verified a round; default the drafter's block size"),
 )
 """All optional, but for exactly one of text_input, input_ids and messages."""
 
@@ -60,9 +62,10 @@ OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("finish_reason", "BYTES", (-1,), "stop or length; with a sequence's last response"),
     TensorSpec("num_input_tokens", "INT32", (1,), "with a sequence's last response"),
     TensorSpec("num_output_tokens", "INT32", (-1,), "with a sequence's last response"),
-    TensorSpec("acceptance_rate", "FP32", (-1,), "accepted over proposed draft tokens; with the last response"),
+    TensorSpec("acceptance_rate", "FP32", (-1,), "accepted over verified draft tokens; with the last response"),
     TensorSpec("total_accepted_draft_tokens", "INT32", (-1,), "with a sequence's last response"),
-    TensorSpec("total_draft_tokens", "INT32", (-1,), "with a sequence's last response"),
+    TensorSpec("total_draft_tokens", "INT32", (-1,), "proposed by the drafter; with a sequence's last response"),
+    TensorSpec("total_verified_draft_tokens", "INT32", (-1,), "checked by the target; with a sequence's last response"),
     TensorSpec("num_rounds", "INT32", (-1,), "verification steps of the target; with a sequence's last response"),
     TensorSpec("arrival_time_ns", "INT64", (1,), "nanoseconds since the epoch; with a sequence's last response"),
     TensorSpec("first_scheduled_time_ns", "INT64", (-1,), "with a sequence's last response"),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dspark_backend.errors import DSparkError
+from dspark_export.commands.profile import profile
 from dspark_export.compare import compare_with_transformers
 from dspark_export.source import resolve_model
 from dspark_export.verifier import DEFAULT_MAX_CONTEXT, VerifierExport, export_verifier
@@ -85,11 +86,14 @@ def _progress() -> Progress:
     )  # fmt: skip
 
 
+app.command()(profile)
+
+
 def main() -> None:
     """Entry point: an expected failure is one line and exit code 1."""
     try:
         app()
-    except DSparkError as error:
+    except (DSparkError, OSError) as error:
         console.print(f"[bold red]error[/]: {error}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 

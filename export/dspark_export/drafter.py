@@ -50,9 +50,11 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
     spec = describe_drafter(weights.config)
     check_against_verifier(spec, weights, verifier, options.checkpoint.name)
     with published(options.out) as work:
-        draft = DrafterGraph(spec, weights, verifier.max_context, options.dtype).build_draft(expose_intermediates)
+        # A block reaches past the anchor's position, which may be the context's last.
+        positions = verifier.max_context + spec.block_size
+        draft = DrafterGraph(spec, weights, positions, options.dtype).build_draft(expose_intermediates)
         save_graph(draft, work, DRAFT_FILE, lambda done: progress("write the drafter", done))
-        context = DrafterGraph(spec, weights, verifier.max_context, options.dtype).build_context()
+        context = DrafterGraph(spec, weights, positions, options.dtype).build_context()
         save_graph(context, work, CONTEXT_FILE)
         if spec.draft_vocab_size != spec.decoder.vocab_size:
             np.save(work / D2T_FILE, weights.read("d2t").astype(np.int64))

@@ -6,7 +6,7 @@ import importlib.metadata
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dspark_backend.stages.artifact import STAGE_FILE
@@ -14,7 +14,7 @@ from dspark_backend.stages.artifact import STAGE_FILE
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction done."""
 
-_TOOLS = ("dspark-triton", "onnx", "onnx_ir", "onnxruntime", "numpy")
+_TOOLS = ("dspark-triton", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
 @contextmanager
@@ -30,8 +30,13 @@ def published(out: Path) -> Iterator[Path]:
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of the packages that shape an artifact."""
-    return {package: importlib.metadata.version(package) for package in _TOOLS}
+    """Versions of the packages that shape an artifact, of those that are installed."""
+    versions = {}
+    for package in _TOOLS:
+        # Only one of the two runtimes is there, and a checkout on the path is no installed package.
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return versions
 
 
 def file_sizes(directory: Path) -> dict[str, int]:

@@ -24,10 +24,6 @@ from dspark_export.weights.gguf_file import GgufFile
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_MAX_CONTEXT = 8192
 
-_NO_TOKENIZER = TokenizerInfo(
-    bos_token_id=None, eos_token_ids=(), add_bos=None, chat_template=None, bos_token=None, eos_token=None
-)
-
 
 @dataclass(frozen=True)
 class VerifierExport:
@@ -75,7 +71,7 @@ def export_verifier(options: VerifierExport, progress: Progress) -> VerifierArti
     with published(options.out) as work:
         model = VerifierGraph(decoder, weights, taps, max_context, options.dtype).build()
         locations = save_graph(model, work, MODEL_FILE, lambda done: progress("write weights", done))
-        tokenizer = _write_tokenizer(path, weights, work) or _NO_TOKENIZER
+        tokenizer = _write_tokenizer(path, weights, work) or _without_tokenizer(weights)
         embedding = locations[EMBEDDING]
         artifact = VerifierArtifact(
             family=decoder.family,
@@ -121,6 +117,19 @@ def _taps(decoder: Decoder, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
     if list(wanted) != sorted(set(wanted)):
         raise ExportError(f"--target-layer-ids: expected ascending layers without repeats, got {list(wanted)}")
     return wanted
+
+
+def _without_tokenizer(weights: WeightSource) -> TokenizerInfo:
+    """Answers to token ids end, too, where config.json says how."""
+    ends = weights.config.get("eos_token_id")
+    return TokenizerInfo(
+        bos_token_id=None,
+        eos_token_ids=tuple(sorted(ends if isinstance(ends, list) else [] if ends is None else [ends])),
+        add_bos=None,
+        chat_template=None,
+        bos_token=None,
+        eos_token=None,
+    )
 
 
 def _write_tokenizer(path: Path, weights: WeightSource, directory: Path) -> TokenizerInfo | None:

@@ -136,6 +136,8 @@ def supervise(server: TritonServer, clean_orphans: bool = True) -> Exit:
 
 def exit_code(ended: Exit) -> int:
     """The command's exit code for a server's end."""
+    if ended.clean:
+        return 0
     if ended.ending is Ending.KILLED:
         return EXIT_KILLED
     return 128 - ended.code if ended.code < 0 else ended.code

@@ -132,8 +132,9 @@ def _check_stub(stub: Path, environment: Mapping[str, str]) -> None:
 def server_environment(distribution: Distribution, base: Mapping[str, str] | None = None) -> dict[str, str]:
     """Variables for the server, whose stubs embed Python and must find this interpreter's packages.
 
-    ``PATH`` starts with this interpreter's folder, where the embedded Python looks for its home (so a venv works), and
-    ``PYTHONPATH`` names this interpreter's package folders, for a stub that embeds another installation's Python.
+    ``PATH`` starts with this interpreter's folder, where the embedded Python looks for its home (so a venv works); the
+    wheel's stub is isolated and sees nothing else. ``PYTHONPATH`` names this interpreter's package folders, for stubs
+    that read it.
 
     Args:
         base: variables to start from; this process's by default.

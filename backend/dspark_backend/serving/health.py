@@ -80,13 +80,17 @@ def _inference(client: Any, model: str, timeout: float) -> str:
     answers: queue.Queue[Any] = queue.Queue()
     deadline = max(timeout, 0.001)
     client.start_stream(lambda result, error: answers.put(error or result), stream_timeout=deadline)
+    answered = False
     try:
         client.async_stream_infer(model, inputs)
         answer = answers.get(timeout=deadline)
+        answered = True
     except queue.Empty:
         return f"model {model} gave no answer within {timeout:.1f} s"
     finally:
-        client.stop_stream(cancel_requests=True)
+        # A stream that is cancelled while its last answer is on its way can stay open in Triton, which then waits for
+        # it when it should stop.
+        client.stop_stream(cancel_requests=not answered)
     if isinstance(answer, InferenceServerException):
         if "Deadline Exceeded" in str(answer):
             return f"model {model} gave no answer within {timeout:.1f} s"

@@ -17,12 +17,17 @@ from types import TracebackType
 from dspark_backend.errors import DSparkError
 from dspark_backend.serving import deathsig, health, orphans, server_log
 from dspark_backend.serving.distribution import Distribution, server_environment
+from dspark_backend.serving.idle import requests_in_flight
 from dspark_backend.serving.options import ServeOptions
 
 log = logging.getLogger(__name__)
 
-KILL_SLACK_SECS = 5.0
-"""How much longer than its exit timeout Triton may take: it unloads models after the last request."""
+KILL_SLACK_SECS = 3.0
+"""How much longer than its exit timeout Triton may take. It hangs where a client keeps a stream open."""
+
+IDLE_SECS = 4.0
+"""A stop gives up on Triton when nothing was in flight for this long. Triton (seen in 2.51) loses count of a stream that
+is cancelled just after its last response, or that named an unknown tensor, and then waits for it in vain."""
 
 
 class ServerFailed(DSparkError):
@@ -33,6 +38,7 @@ class Ending(Enum):
     """How a server ended."""
 
     STOPPED = "stopped on request"
+    ENDED_IDLE = "stopped on request: nothing was in flight any more, so it was ended"
     KILLED = "did not stop within its exit timeout and was killed"
     EXITED = "ended by itself"
     SIGNALLED = "was ended by a signal"
@@ -47,7 +53,8 @@ class Exit:
 
     @property
     def clean(self) -> bool:
-        return self.ending is Ending.STOPPED and self.code == 0
+        """No request was lost by a stop that was asked for."""
+        return self.ending is Ending.ENDED_IDLE or (self.ending is Ending.STOPPED and self.code == 0)
 
     def __str__(self) -> str:
         if self.ending is Ending.SIGNALLED:
@@ -67,7 +74,7 @@ class TritonServer:
         self.distribution = distribution
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = False
-        self._killed = False
+        self._killed: Ending | None = None
         self.log_start = 0
         """Bytes of the log file that belong to earlier runs."""
 
@@ -80,11 +87,12 @@ class TritonServer:
 
     @property
     def grpc_url(self) -> str:
+        """``host:port``, as gRPC clients take it."""
         return f"{_reachable(self.options.host)}:{self.options.ports.grpc}"
 
     @property
     def http_url(self) -> str:
-        return f"{_reachable(self.options.host)}:{self.options.ports.http}"
+        return f"http://{_reachable(self.options.host)}:{self.options.ports.http}"
 
     @property
     def metrics_url(self) -> str:
@@ -179,22 +187,32 @@ class TritonServer:
             self._stopping = True
             self._process.send_signal(signal.SIGTERM)
             limit = self.options.exit_timeout_secs + KILL_SLACK_SECS if timeout is None else timeout
-            if self.wait(limit) is None:
-                self.kill()
+            self._wait_for_end(limit)
         ended = self._ended(self._process.wait())
         self._end_group()
         return ended
 
-    def kill(self) -> None:
-        """End the whole process group now."""
+    def kill(self, ending: Ending = Ending.KILLED) -> None:
+        """End the whole process group now; ``ending`` is what the exit will say."""
         if self._process is not None and self._process.poll() is None:
-            self._killed = True
+            self._killed = ending
             self._end_group()
             self._process.wait()
 
+    def _wait_for_end(self, limit: float) -> None:
+        start = busy = time.monotonic()
+        while self.wait(min(0.5, limit)) is None:
+            now = time.monotonic()
+            if requests_in_flight(self.metrics_url) != 0:
+                busy = now
+            if now - start >= limit:
+                return self.kill()
+            if now - busy >= IDLE_SECS:
+                return self.kill(Ending.ENDED_IDLE)
+
     def _ended(self, code: int) -> Exit:
-        if self._killed:
-            return Exit(Ending.KILLED, code)
+        if self._killed is not None:
+            return Exit(self._killed, code)
         if self._stopping:
             return Exit(Ending.STOPPED, code)
         return Exit(Ending.SIGNALLED if code < 0 else Ending.EXITED, code)

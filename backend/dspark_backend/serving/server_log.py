@@ -8,13 +8,14 @@ from pathlib import Path
 _ERROR = re.compile(
     r"^E\d{4} |Traceback \(most recent call last\)|^\w*(Error|Exception)\b|failed to load|^error: |Segmentation"
 )
-_HARMLESS = ("CudaDriverHelper has not been initialized",)
+_HARMLESS = ("CudaDriverHelper has not been initialized", "Failed to initialize NVML")
+_LINE_CHARS = 400
 _TAIL_BYTES = 256 * 1024
 
 
 def relevant_lines(text: str, limit: int = 20) -> list[str]:
     """The last ``limit`` lines of ``text`` that report an error with what follows it; its last lines if none does."""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    lines = [line.rstrip()[:_LINE_CHARS] for line in text.splitlines() if line.strip()]
     chosen: list[str] = []
     following = 0
     for line in lines:

@@ -36,5 +36,5 @@ def describe(config: Mapping[str, Any]) -> Decoder:
         return family(config)
     except KeyError as missing:
         raise ExportError(f"config.json: expected the key {missing} for model_type {model_type!r}") from missing
-    except ValueError as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise ExportError(f"config.json: {error}") from error

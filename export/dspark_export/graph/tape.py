@@ -11,6 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from dspark_backend.stages.artifact import TensorLocation
+from dspark_export.errors import ExportError
 
 CONTRIB = "com.microsoft"
 OPSET = 21
@@ -66,7 +67,10 @@ class GraphTape:
         def load() -> ir.TensorProtocol:
             array = np.ascontiguousarray(read(), dtype=dtype.numpy())
             if array.shape != tuple(shape):
-                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {array.shape}")
+                raise ExportError(
+                    f"{name}: expected shape {tuple(shape)} as config.json says, got {array.shape}; the checkpoint's "
+                    "files do not belong together"
+                )
             return ir.Tensor(array, name=name)
 
         stored: ir.Value = self._tape.initializer(ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name))

@@ -91,21 +91,29 @@ class GgufFile:
             return value
 
         heads, hidden = required("attention.head_count"), required("embedding_length")
+        head_dim = self.field(f"{architecture}.attention.key_length", hidden // heads)
+        rotated = self.field(f"{architecture}.rope.dimension_count", head_dim)
         return {
             "model_type": architecture,
-            "vocab_size": self._tensors["model.embed_tokens.weight"].shape[1].item(),
+            "vocab_size": self.shape("model.embed_tokens.weight")[0],
             "hidden_size": hidden,
             "intermediate_size": required("feed_forward_length"),
             "num_hidden_layers": required("block_count"),
             "num_attention_heads": heads,
             "num_key_value_heads": self.field(f"{architecture}.attention.head_count_kv", heads),
-            "head_dim": self.field(f"{architecture}.attention.key_length", hidden // heads),
+            "head_dim": head_dim,
+            "partial_rotary_factor": rotated / head_dim,
             "rms_norm_eps": required("attention.layer_norm_rms_epsilon"),
             "rope_theta": self.field(f"{architecture}.rope.freq_base", 10000.0),
             "rope_scaling": self._rope_scaling(architecture),
             "max_position_embeddings": required("context_length"),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+            "attention_bias": self._has_bias("self_attn."),
+            "mlp_bias": self._has_bias("mlp."),
         }
+
+    def _has_bias(self, block: str) -> bool:
+        return any(f".{block}" in name and name.endswith(".bias") for name in self._tensors)
 
     def _rope_scaling(self, architecture: str) -> dict[str, Any]:
         for tensor in self.reader.tensors:

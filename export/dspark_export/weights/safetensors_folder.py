@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from dspark_export.errors import ExportError
 
 _INDEX = "model.safetensors.index.json"
+_DTYPES = ("F32", "F16", "BF16", "F64")
 
 
 class SafetensorsFolder:
@@ -32,8 +33,10 @@ class SafetensorsFolder:
             raise ExportError(f"{folder}: expected a Hugging Face folder with config.json, found none")
         try:
             self._config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ExportError(f"{config_file}: expected JSON, got {error}") from error
+        if not isinstance(self._config, dict):
+            raise ExportError(f"{config_file}: expected a JSON object, got {type(self._config).__name__}")
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -43,7 +46,12 @@ class SafetensorsFolder:
     def _shards(self) -> tuple[Path, ...]:
         index = self._folder / _INDEX
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ExportError(
+                    f"{index}: expected JSON with a weight_map, got {error!r}; download it again"
+                ) from error
             shards = tuple(self._folder / name for name in sorted(set(weight_map.values())))
         else:
             shards = tuple(sorted(self._folder.glob("*.safetensors")))
@@ -57,13 +65,14 @@ class SafetensorsFolder:
         return shards
 
     @cached_property
-    def _location(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    def _location(self) -> dict[str, tuple[Path, tuple[int, ...], str]]:
         location = {}
         for shard in self._shards:
             try:
                 with safe_open(shard, framework="numpy") as tensors:
                     for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                        location[name] = (shard, tuple(tensors.get_slice(name).get_shape()))
+                        stored = tensors.get_slice(name)
+                        location[name] = (shard, tuple(stored.get_shape()), stored.get_dtype())
             except SafetensorError as error:
                 raise ExportError(f"{shard}: not a complete safetensors file ({error}); download it again") from error
         return location
@@ -75,7 +84,7 @@ class SafetensorsFolder:
     def names(self) -> frozenset[str]:
         return frozenset(self._location)
 
-    def _find(self, name: str) -> tuple[Path, tuple[int, ...]]:
+    def _find(self, name: str) -> tuple[Path, tuple[int, ...], str]:
         if name not in self._location:
             raise ExportError(f"{self._folder}: expected the tensor {name}, which no shard holds")
         return self._location[name]
@@ -84,6 +93,11 @@ class SafetensorsFolder:
         return self._find(name)[1]
 
     def read(self, name: str) -> NDArray[Any]:
-        shard, _ = self._find(name)
+        shard, _, dtype = self._find(name)
+        if dtype not in _DTYPES:
+            raise ExportError(
+                f"{shard}: expected {name} in one of {', '.join(_DTYPES)}, got {dtype}; quantised checkpoints are not "
+                "supported, export the original one"
+            )
         with safe_open(shard, framework="numpy") as tensors:
             return np.asarray(tensors.get_tensor(name))

@@ -1,0 +1,39 @@
+"""What speculation keeps for one sequence between rounds."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dspark_backend.stages.batch import FloatArray
+
+Survival: TypeAlias = NDArray[np.float64]
+"""[g]: calibrated probability that drafts 1 .. k all stand."""
+
+
+@dataclass(eq=False)
+class DraftState:
+    """Context that waits, what past rounds taught, and counts."""
+
+    pending: list[FloatArray] = field(default_factory=list)
+    """Features [n, F] of committed positions that are not in the drafter's cache yet, in order."""
+    context_length: int = 0
+    """Rows in the drafter's cache."""
+    expected: Survival | None = None
+    """[g]: running mean of its survival curves."""
+    recent: deque[Survival] = field(default_factory=lambda: deque(maxlen=2))
+    """Survival curves [g] of the last two rounds it drafted in, the older one first."""
+    idle_rounds: int = 0
+    """Rounds since it last drafted."""
+
+    @property
+    def pending_rows(self) -> int:
+        return sum(len(rows) for rows in self.pending)
+
+    drafted_tokens: int = 0
+    verified_tokens: int = 0
+    accepted_tokens: int = 0

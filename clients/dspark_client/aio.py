@@ -1,0 +1,255 @@
+"""The asyncio client: the blocking one's twin, over ``grpc.aio`` with the generated stub of ``tritonclient.grpc``."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from dspark_client.call import (
+    DEFAULT_MODEL,
+    DEFAULT_URL,
+    POLL_INTERVAL_S,
+    PROBE_TIMEOUT_S,
+    Call,
+    ClientSettings,
+    ResponseReader,
+)
+from dspark_client.completion import Completion, Piece, collect
+from dspark_client.connection import ConnectionOptions
+from dspark_client.errors import DeadlineError, DSparkClientError, RequestCancelledError, error_from_rpc
+from dspark_client.options import GenerateOptions
+from dspark_client.request_builder import ChatMessage, Prompt, TokenIds
+from dspark_client.retry import Deadline, RetryPolicy
+from dspark_client.server_info import ModelInfo, ModelStatistics, models_of, statistics_of
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class AsyncDSparkClient:
+    """Client of the ``dspark`` model for asyncio. Make it inside the event loop that uses it; tasks may share it.
+
+    Args:
+        url: host:port of Triton's gRPC service.
+        model_name: The model to call.
+        model_version: Its version; empty lets the server choose.
+        connection: TLS, keepalive, compression, headers.
+        retry: When a request is sent again; never after its first piece.
+        timeout: Seconds for a whole request where the call does not say; None is no limit.
+
+    Raises:
+        InvalidRequestError: an option cannot work; nothing is sent before the first call.
+    """
+
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        model_name: str = DEFAULT_MODEL,
+        model_version: str = "",
+        connection: ConnectionOptions | None = None,
+        retry: RetryPolicy | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        self.settings = ClientSettings(
+            url, model_name, model_version, connection or ConnectionOptions(), retry or RetryPolicy(), timeout
+        )
+        self._rng = random.Random()
+        self._channel = self.settings.connection.open_async(url)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._closed = False
+        self._running: set[grpc.aio.StreamStreamCall] = set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection; requests that still run are cancelled. May be called more than once."""
+        self._closed = True
+        # Closing the channel is not enough: grpc.aio looks for calls on the stacks of tasks, and misses ours.
+        for stream in tuple(self._running):
+            stream.cancel()
+        await self._channel.close()
+
+    def stream(
+        self,
+        text_input: str | None = None,
+        *,
+        input_ids: TokenIds | None = None,
+        messages: Sequence[ChatMessage] | None = None,
+        options: GenerateOptions | None = None,
+        timeout: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        request_id: str = "",
+    ) -> AsyncGenerator[Piece]:
+        """Generates, handing out pieces as they come. The prompt is exactly one of text, token ids and messages.
+
+        The request is sent with the first ``anext``; closing the generator, leaving its loop or cancelling the task
+        cancels the request on the server. Where the moment matters, wrap the generator in ``contextlib.aclosing``:
+        Python closes an abandoned async generator only when the event loop gets to it.
+
+        Raises:
+            InvalidRequestError: at once, if the request cannot be written.
+            DSparkClientError: while iterating; its subclass says what to do.
+        """
+        prompt = Prompt(text_input, input_ids, messages)
+        call = self.settings.prepare(
+            prompt,
+            options or GenerateOptions(),
+            stream=True,
+            timeout=timeout,
+            headers=headers,
+            request_id=request_id,
+        )
+        return self._pieces(call)
+
+    async def generate(
+        self,
+        text_input: str | None = None,
+        *,
+        input_ids: TokenIds | None = None,
+        messages: Sequence[ChatMessage] | None = None,
+        options: GenerateOptions | None = None,
+        timeout: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        request_id: str = "",
+    ) -> list[Completion]:
+        """Generates and waits: one completion for each of ``num_return_sequences``, in order.
+
+        Raises:
+            DSparkClientError: its subclass says what to do.
+        """
+        prompt = Prompt(text_input, input_ids, messages)
+        call = self.settings.prepare(
+            prompt,
+            options or GenerateOptions(),
+            stream=False,
+            timeout=timeout,
+            headers=headers,
+            request_id=request_id,
+        )
+        return collect([piece async for piece in self._pieces(call)])
+
+    async def is_ready(self, *, timeout: float = PROBE_TIMEOUT_S) -> bool:
+        """True if the server and the model are ready. An unreachable server is not ready, not an error."""
+        self._check_open()
+        try:
+            return await self._probe(timeout)
+        except DSparkClientError as error:
+            _log.debug("not ready: %s", error)
+            return False
+
+    async def wait_until_ready(self, timeout: float) -> None:
+        """Waits for server and model.
+
+        Raises:
+            DeadlineError: they were not ready within ``timeout`` seconds.
+        """
+        deadline = Deadline(timeout)
+        while not await self.is_ready(timeout=max(0.05, min(PROBE_TIMEOUT_S, deadline.remaining() or 0.0))):
+            remaining = deadline.remaining() or 0.0
+            if remaining == 0.0:
+                raise DeadlineError(
+                    f"expected model {self.settings.model_name!r} at {self.settings.url} to be ready within {timeout} s"
+                )
+            await asyncio.sleep(min(POLL_INTERVAL_S, remaining))
+
+    async def models(self, *, timeout: float | None = None) -> list[ModelInfo]:
+        """The server's model repository, loaded or not."""
+        request = service_pb2.RepositoryIndexRequest()
+        return models_of(await self._unary(self._stub.RepositoryIndex, request, timeout))
+
+    async def statistics(self, *, timeout: float | None = None) -> list[ModelStatistics]:
+        """Triton's counts of the model, an entry a version."""
+        request = service_pb2.ModelStatisticsRequest(name=self.settings.model_name, version=self.settings.model_version)
+        return statistics_of(await self._unary(self._stub.ModelStatistics, request, timeout))
+
+    async def _pieces(self, call: Call) -> AsyncGenerator[Piece]:
+        attempt, started = 1, False
+        while True:
+            try:
+                async with aclosing(self._attempt(call)) as pieces:
+                    async for piece in pieces:
+                        started = True
+                        yield piece
+                return
+            except DSparkClientError as error:
+                wait = self.settings.retry.wait_after(
+                    error, attempt, started=started, deadline=call.deadline, rng=self._rng
+                )
+                if wait is None:
+                    raise
+                _log.info("attempt %d failed, next in %.2f s: %s", attempt, wait, error)
+            await asyncio.sleep(wait)
+            attempt += 1
+
+    async def _attempt(self, call: Call) -> AsyncGenerator[Piece]:
+        self._check_open()
+        reader = ResponseReader()
+        # One request and the end of ours: the server closes the stream after its last response.
+        stream = self._stub.ModelStreamInfer(
+            iter((call.request,)),
+            timeout=call.deadline.remaining(),
+            metadata=call.metadata,
+            compression=self.settings.connection.grpc_compression,
+        )
+        self._running.add(stream)
+        try:
+            async for message in stream:
+                for piece in reader.read(message):
+                    yield piece
+            reader.check_finished()
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, self.settings.url) from error
+        except asyncio.CancelledError as error:
+            # close() cancels streams, and grpc.aio then raises this in tasks that nobody cancelled.
+            task = asyncio.current_task()
+            if self._closed and task is not None and not task.cancelling():
+                raise RequestCancelledError("the client was closed while the request ran") from error
+            raise
+        finally:
+            self._running.discard(stream)
+            stream.cancel()
+
+    async def _probe(self, timeout: float) -> bool:
+        arguments = {"timeout": timeout, "metadata": self.settings.connection.metadata()}
+        try:
+            model = service_pb2.ModelReadyRequest(name=self.settings.model_name, version=self.settings.model_version)
+            return bool(
+                (await self._stub.ServerReady(service_pb2.ServerReadyRequest(), **arguments)).ready
+                and (await self._stub.ModelReady(model, **arguments)).ready
+            )
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, self.settings.url) from error
+
+    async def _unary(self, method: Callable[..., Awaitable[_T]], request: object, timeout: float | None) -> _T:
+        deadline = Deadline(self.settings.timeout if timeout is None else timeout)
+        attempt = 1
+        while True:
+            self._check_open()
+            try:
+                return await method(request, timeout=deadline.remaining(), metadata=self.settings.connection.metadata())
+            except grpc.RpcError as rpc_error:
+                error = error_from_rpc(rpc_error, self.settings.url)
+                wait = self.settings.retry.wait_after(error, attempt, started=False, deadline=deadline, rng=self._rng)
+                if wait is None:
+                    raise error from rpc_error
+            await asyncio.sleep(wait)
+            attempt += 1
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RequestCancelledError("expected an open client, got one that was closed; make a new one")

@@ -1,0 +1,329 @@
+"""The slot cache, on a storage that moves real rows: every held row must be what was written for its token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stage_doubles import StorageStage
+
+from dspark_backend.errors import DSparkError
+from dspark_backend.kv_cache import KvCache, Slot, capacity_for, common_prefix
+
+BYTES = 8
+
+
+def cache_of(rows: int, max_slots: int = 4, max_context: int = 0, model_context: int = 4096) -> KvCache:
+    return KvCache(StorageStage(model_context, BYTES), max_slots, rows * BYTES, max_context)
+
+
+def value(token: int, position: int) -> float:
+    """What the storage holds for a token: depends on the position, as keys do."""
+    return token * 10_000.0 + position
+
+
+def run(cache: KvCache, slot: Slot, tokens: list[int]) -> None:
+    """A step: prepare, write, commit."""
+    cache.prepare(slot.length + len(tokens))
+    start = slot.length
+    cache._stage.write(slot.index, start, [value(token, start + i) for i, token in enumerate(tokens)])
+    slot.commit(tokens)
+
+
+def check(cache: KvCache) -> None:
+    cache.check_integrity()
+    stage = cache._stage
+    assert stage.rows.shape[1] == cache.capacity
+    assert stage.rows.size <= cache._budget_rows
+    for slot in cache._slots:
+        expected = [value(token, position) for position, token in enumerate(slot.tokens.tolist())]
+        assert stage.rows[slot.index, : slot.length].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "capacity"),
+    [(0, 128), (1, 128), (128, 128), (129, 256), (1024, 1024), (1025, 1536), (4096, 4096), (4097, 5120)],
+)
+def test_capacity_steps(length, capacity):
+    assert capacity_for(length) == capacity
+
+
+@given(st.integers(1, 20_000))
+def test_capacity_holds_and_grows(length):
+    assert length <= capacity_for(length) <= capacity_for(length + 1)
+
+
+def test_common_prefix():
+    def count(left: list[int], right: list[int]) -> int:
+        return common_prefix(np.array(left, dtype=np.int64), np.array(right, dtype=np.int64))
+
+    assert count([], [1]) == 0
+    assert count([1, 2, 3], [1, 2, 4]) == 2
+    assert count([1, 2], [1, 2, 3]) == 2
+    assert count([9, 2], [1, 2]) == 0
+
+
+class Model:
+    """Random traffic: what each held slot must contain, and how far it may grow."""
+
+    def __init__(self, cache: KvCache, rng: np.random.Generator) -> None:
+        self.cache, self.rng = cache, rng
+        self.held: dict[Slot, tuple[list[int], int, bool]] = {}
+
+    def admit(self) -> None:
+        rng, cache = self.rng, self.cache
+        prompt = self.prompt()
+        reserve = min(len(prompt) + int(rng.integers(1, 300)), cache.max_context)
+        prompt = prompt[: reserve - 1]
+        if not cache.fits(reserve):
+            with pytest.raises(DSparkError, match="no room"):
+                cache.acquire(reserve)
+            return
+        slot = cache.acquire(reserve)
+        assert slot not in self.held and slot.reserved == reserve
+        self.held[slot] = (prompt, reserve, False)
+
+    def prompt(self) -> list[int]:
+        # Few distinct beginnings, so that prefixes are shared.
+        head = np.random.default_rng(int(self.rng.integers(0, 3))).integers(0, 9, 400)
+        return head[: int(self.rng.integers(1, 400))].tolist() + self.rng.integers(0, 9, 3).tolist()
+
+    def advance(self) -> None:
+        if not self.held:
+            return
+        slot = list(self.held)[int(self.rng.integers(0, len(self.held)))]
+        prompt, reserve, started = self.held[slot]
+        if not started:
+            if self.rng.random() < 0.7:
+                hit = self.cache.reuse_prefix(slot, prompt, len(prompt) - 1)
+                assert hit == slot.length <= len(prompt) - 1
+                assert slot.tokens.tolist() == prompt[:hit]
+            else:
+                slot.truncate(0)
+            self.held[slot] = (prompt, reserve, True)
+            if slot.length < len(prompt):
+                run(self.cache, slot, prompt[slot.length :])
+        else:
+            room = reserve - slot.length
+            if room:
+                run(self.cache, slot, self.rng.integers(0, 9, min(room, int(self.rng.integers(1, 60)))).tolist())
+        expected = self.held[slot][0]
+        assert slot.tokens.tolist()[: len(expected)] == expected
+
+    def leave(self) -> None:
+        if self.held:
+            slot = list(self.held)[int(self.rng.integers(0, len(self.held)))]
+            del self.held[slot]
+            (self.cache.scrub if self.rng.random() < 0.1 else lambda _: None)(slot)
+            self.cache.release(slot)
+
+    def check(self) -> None:
+        check(self.cache)
+        assert set(self.cache.active) == set(self.held)
+        count = len(self.held)
+        if count:
+            longest = max(reserve for _, reserve, _ in self.held.values())
+            assert count * capacity_for(longest) <= self.cache._budget_rows
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.sampled_from([512, 1024, 1536, 4096, 20_000]),
+    max_slots=st.sampled_from([1, 3, 8]),
+)
+def test_random_traffic(seed, rows, max_slots):
+    rng = np.random.default_rng(seed)
+    model = Model(cache_of(rows, max_slots), rng)
+    for _ in range(80):
+        action = rng.choice([model.admit, model.advance, model.advance, model.leave])
+        action()
+        model.check()
+    while model.held:
+        model.leave()
+        model.check()
+    assert model.cache.active == [] and model.cache.bytes_in_use == 0
+
+
+def test_a_short_step_keeps_the_rows_of_longer_sequences():
+    """A step of short sequences alone must not shrink the cache under the others."""
+    cache = cache_of(4096)
+    long, short = cache.acquire(400), cache.acquire(20)
+    run(cache, long, list(range(300)))
+    run(cache, short, [1, 2, 3])
+    assert long.length == 300 and cache.capacity == 384
+    check(cache)
+
+
+def test_old_rows_never_block_admission():
+    """A slot whose last owner was long must not hold the capacity up for a short new one."""
+    cache = cache_of(1024, max_slots=4, max_context=1024)
+    first = cache.acquire(1000)
+    run(cache, first, [7] * 1000)
+    cache.release(first)
+    slots = [cache.acquire(100) for _ in range(4)]
+    assert len(set(slots)) == 4
+    check(cache)
+
+
+def test_capacity_grows_and_shrinks_with_the_sequences():
+    cache = cache_of(100_000)
+    slot = cache.acquire(2000)
+    seen = []
+    for _ in range(20):
+        run(cache, slot, [1] * 100)
+        seen.append(cache.capacity)
+    assert seen == sorted(seen) and seen[0] == 128 and seen[-1] == 2048
+    cache.release(slot)
+    again = cache.acquire(10)
+    assert cache.reuse_prefix(again, [9, 9], 1) == 0
+    run(cache, again, [1])
+    assert cache.capacity == 128
+    check(cache)
+
+
+def test_growth_is_rare():
+    cache = cache_of(100_000)
+    slot = cache.acquire(1024)
+    before = cache._stage.allocations
+    for _ in range(1024):
+        run(cache, slot, [1])
+    assert cache._stage.allocations - before == 7
+
+
+def test_scattered_sequences_are_brought_together():
+    cache = cache_of(4096, max_slots=8)
+    slots = [cache.acquire(50) for _ in range(8)]
+    for number, slot in enumerate(slots):
+        run(cache, slot, [number] * 10)
+    for slot in slots[:7]:
+        cache.release(slot)
+    run(cache, slots[7], [3])
+    assert slots[7].index == 0
+    assert slots[7].tokens.tolist() == [7] * 10 + [3]
+    check(cache)
+
+
+def test_budget_of_slots_and_rows():
+    cache = cache_of(512, max_slots=8)
+    assert cache.max_context == 512
+    assert cache.fits(512) and not cache.fits(513)
+    cache.acquire(128)
+    cache.acquire(128)
+    assert cache.fits(128) and not cache.fits(200)
+    cache.acquire(1)
+    cache.acquire(1)
+    assert not cache.fits(1)
+    limited = cache_of(100_000, max_slots=2)
+    limited.acquire(1)
+    limited.acquire(1)
+    assert not limited.fits(1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "setting", "model", "expected"),
+    [(100_000, 0, 4096, 4096), (100_000, 300, 4096, 300), (1300, 0, 4096, 1024), (130, 0, 4096, 128)],
+)
+def test_max_context(rows, setting, model, expected):
+    assert cache_of(rows, max_context=setting, model_context=model).max_context == expected
+
+
+def test_budget_too_small():
+    with pytest.raises(DSparkError, match="kv_budget_mib: expected room for at least one sequence"):
+        cache_of(127)
+
+
+class TestReuse:
+    PROMPT = tuple(range(100, 140))
+
+    def test_from_a_running_sequence(self):
+        cache = cache_of(4096)
+        first, second = cache.acquire(60), cache.acquire(60)
+        run(cache, first, [*self.PROMPT, 1, 2])
+        assert cache.reuse_prefix(second, [*self.PROMPT, 9], 40) == 40
+        check(cache)
+        assert first.length == 42
+
+    def test_in_place_without_a_copy(self):
+        cache = cache_of(4096)
+        first = cache.acquire(60)
+        run(cache, first, list(self.PROMPT))
+        cache.release(first)
+        again = cache.acquire(60)
+        assert again is first
+        assert cache.reuse_prefix(again, self.PROMPT, 39) == 39
+        assert cache._stage.copied == []
+        check(cache)
+
+    def test_the_longest_match_wins(self):
+        cache = cache_of(4096)
+        slots = [cache.acquire(60) for _ in range(3)]
+        run(cache, slots[0], list(self.PROMPT[:10]))
+        run(cache, slots[1], list(self.PROMPT[:30]))
+        assert cache.reuse_prefix(slots[2], self.PROMPT, 39) == 30
+        assert [(move.source, move.length) for move in cache._stage.copied] == [(slots[1].index, 30)]
+
+    def test_limit(self):
+        cache = cache_of(4096)
+        first, second = cache.acquire(60), cache.acquire(60)
+        run(cache, first, list(self.PROMPT))
+        assert cache.reuse_prefix(second, self.PROMPT, 5) == 5
+
+    def test_too_short_to_be_worth_it(self):
+        cache = cache_of(4096)
+        first, second = cache.acquire(60), cache.acquire(60)
+        run(cache, first, list(self.PROMPT[:3]))
+        assert cache.reuse_prefix(second, self.PROMPT, 39) == 0
+        assert second.length == 0
+
+    def test_scrubbed_rows_are_gone_and_the_others_stay(self):
+        cache = cache_of(4096)
+        first, second = cache.acquire(60), cache.acquire(60)
+        run(cache, first, list(self.PROMPT))
+        run(cache, second, [5] * 20)
+        cache.scrub(first)
+        assert not cache._stage.rows[first.index].any()
+        assert second.tokens.tolist() == [5] * 20
+        cache.release(first)
+        third = cache.acquire(60)
+        assert cache.reuse_prefix(third, self.PROMPT, 39) == 0
+        check(cache)
+
+    def test_the_latest_rows_survive_a_reallocation(self):
+        cache = cache_of(1024, max_slots=8)
+        slots = [cache.acquire(100) for _ in range(8)]
+        for number, slot in enumerate(slots):
+            run(cache, slot, [number] * 50)
+        for slot in slots:
+            cache.release(slot)
+        # Twice the capacity leaves four slots: the new sequence's and the three freed last.
+        grown = cache.acquire(200)
+        cache.reuse_prefix(grown, [99] * 200, 199)
+        run(cache, grown, [99] * 200)
+        kept = sorted(int(slot.tokens[0]) for slot in cache._slots if slot.free and slot.length)
+        assert kept == [5, 6, 7]
+        check(cache)
+
+
+def test_reset():
+    cache = cache_of(4096)
+    slot = cache.acquire(600)
+    run(cache, slot, [1] * 500)
+    cache.reset()
+    assert cache.active == [] and cache.capacity == 128 and not cache._stage.rows.any()
+    check(cache)
+
+
+def test_integrity_finds_broken_bookkeeping():
+    cache = cache_of(4096)
+    slot = cache.acquire(10)
+    run(cache, slot, [1] * 10)
+    slot.commit([1])
+    with pytest.raises(DSparkError, match="holds 11 rows, more than it may"):
+        cache.check_integrity()
+    slot.truncate(5)
+    cache.check_integrity()
+    slot.index = 1
+    with pytest.raises(DSparkError, match="not a permutation"):
+        cache.check_integrity()

@@ -1,0 +1,182 @@
+"""Running servers for tests: the real launcher, a copy of the model repository, an exported model in it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from os import environ
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from dspark_backend.serving import server_log
+from dspark_backend.serving.distribution import find_distribution
+from dspark_backend.serving.launcher import TritonServer
+from dspark_backend.serving.options import Ports, ServeOptions
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path.append(str(CHECKOUT / "deploy" / "quickstart"))
+
+import repository as quickstart_repository  # noqa: E402
+from locks import exclusive  # noqa: E402
+
+MODELS = {"smollm2": "smollm2-135m", "tiny": str(CHECKOUT / "tests" / "golden" / "qwen3_vanilla" / "target")}
+START_SECS = 120.0
+MODEL_NAME = "dspark"
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    """A server that answered a real inference."""
+
+    process: TritonServer
+    repository: Path
+    log_path: Path
+    model_name: str = MODEL_NAME
+
+    @property
+    def grpc_url(self) -> str:
+        """``host:port``."""
+        return self.process.grpc_url
+
+    @property
+    def http_url(self) -> str:
+        """``http://host:port``."""
+        return self.process.http_url
+
+    @property
+    def metrics_url(self) -> str:
+        """``http://host:port/metrics``."""
+        return self.process.metrics_url
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        """All that Triton and the models wrote."""
+        return self.log_path.read_text(errors="replace")
+
+    def stop(self) -> None:
+        """Stop it, and fail unless it ended cleanly."""
+        ended = self.process.stop()
+        assert ended.clean, f"{ended}\n{server_log.tail(self.log_path, 40)}"
+
+
+MakeServer = Callable[..., RunningServer]
+
+
+def cache_folder() -> Path:
+    """Where exports are kept between runs."""
+    return Path(environ.get("DSPARK_TEST_CACHE") or "~/.cache/dspark-tests").expanduser().resolve()
+
+
+def exported(model: str) -> Path:
+    """The verifier artifact of ``tiny``, ``smollm2``, or whatever dspark-export takes; exported at most once."""
+    packages = " ".join(f"{name}={version(name)}" for name in ("onnx", "onnx_ir", "numpy", "gguf"))
+    cache = cache_folder()
+    with exclusive(cache / "export.lock"):
+        return quickstart_repository.export(
+            [sys.executable, "-m", "dspark_export.cli"],
+            MODELS.get(model, model),
+            f"{platform.python_version()} {packages}",
+            cache,
+            cache / "export.log",
+        )
+
+
+def set_parameters(config: Path, parameters: Mapping[str, str | None]) -> None:
+    """Change ``parameters`` in a config.pbtxt; None removes one."""
+    message = text_format.Parse(config.read_text(), model_config_pb2.ModelConfig())
+    for key, value in parameters.items():
+        if value is None:
+            message.parameters.pop(key, None)
+        else:
+            message.parameters[key].string_value = value
+    config.write_text(text_format.MessageToString(message))
+
+
+MakeRepository = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_repository(tmp_path_factory: pytest.TempPathFactory) -> MakeRepository:
+    """Lays out model repositories: ``make_repository("tiny", {"max_slots": "2"})``; arguments as for ``make_server``.
+
+    Files of the artifact are hard links to a cache: replace them, never write into them.
+    """
+
+    def make(model: str | Path = "tiny", parameters: Mapping[str, str | None] | None = None) -> Path:
+        artifact = Path(model) if (Path(model) / "stage.json").is_file() else exported(str(model))
+        repository = quickstart_repository.assemble(artifact, tmp_path_factory.mktemp("server") / "repository")
+        set_parameters(repository / MODEL_NAME / "config.pbtxt", parameters or {})
+        return repository
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_server(make_repository: MakeRepository) -> Iterator[MakeServer]:
+    """Starts servers: ``make_server(model="tiny", parameters={"max_slots": "2"}, wait=True)``.
+
+    ``model`` is ``tiny`` (a random Qwen3 of tests/golden without a tokenizer), ``smollm2``, an artifact's folder, or
+    what dspark-export takes as ``--model``. ``parameters`` change those of the ``dspark`` model; ``models`` loads only
+    the named ones; ``wait=False`` returns before the server can infer. What a test does not stop is ended with the
+    session.
+    """
+    made: list[RunningServer] = []
+
+    def make(
+        model: str | Path = "tiny",
+        *,
+        parameters: Mapping[str, str | None] | None = None,
+        models: tuple[str, ...] = (),
+        exit_timeout_secs: int = 15,
+        wait: bool = True,
+    ) -> RunningServer:
+        repository = make_repository(model, parameters)
+        options = ServeOptions(
+            model_repository=repository,
+            ports=Ports.free(),
+            host="127.0.0.1",
+            models=models,
+            log_file=repository.parent / "triton.log",
+            exit_timeout_secs=exit_timeout_secs,
+        )
+        running = RunningServer(
+            TritonServer(options, find_distribution()), repository, repository.parent / "triton.log"
+        )
+        running.process.start()
+        made.append(running)
+        if wait:
+            running.process.wait_until_serving(MODEL_NAME, START_SECS)
+        return running
+
+    yield make
+    for running in made:
+        if running.process.poll() is None:
+            running.process.stop()
+        shutil.rmtree(running.repository, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def server(make_server: MakeServer) -> Iterator[RunningServer]:
+    """SmolLM2-135M as the repository is shipped."""
+    running = make_server("smollm2")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_server(make_server: MakeServer) -> Iterator[RunningServer]:
+    """A tiny random model (384 tokens, context 512, no tokenizer) for what needs many or odd requests."""
+    running = make_server("tiny")
+    yield running
+    running.stop()

@@ -1,0 +1,76 @@
+"""A health check must tell a server that can infer from one that only says it is ready."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc as triton
+
+from dspark_backend.serving import health
+from dspark_backend.serving.options import Ports
+
+from .conftest import MakeTriton
+from .test_launcher import START_SECS, stubs_of
+
+
+def test_nothing_there_is_said_so() -> None:
+    state = health.check(f"127.0.0.1:{Ports.free().grpc}", timeout=2.0)
+    assert not state.healthy and not state.alive
+    assert "nothing answers" in state.reason
+
+
+@pytest.mark.server
+def test_states_of_a_server(make_triton: MakeTriton, repository: Path) -> None:
+    server = make_triton()
+    server.wait_until_serving("counting", START_SECS)
+    model = repository / "counting"
+    url = server.grpc_url
+
+    assert health.check(url, "counting").healthy
+    assert "dspark is not ready" in health.check(url, "dspark").reason
+
+    (model / "refuse").write_text("[UNAVAILABLE] the queue is full")
+    state = health.check(url, "counting")
+    assert (state.healthy, state.alive) == (False, True), state
+    (model / "refuse").write_text("something broke")
+    state = health.check(url, "counting")
+    assert (state.healthy, state.alive) == (False, False), state
+    assert "something broke" in state.reason
+    (model / "refuse").unlink()
+
+    (model / "hang").touch()
+    start = time.monotonic()
+    state = health.check(url, "counting", timeout=1.0)
+    assert time.monotonic() - start < 5.0
+    assert not state.healthy and "no answer within" in state.reason
+    (model / "hang").unlink()
+    assert health.wait(url, "counting", patience=10.0).healthy
+
+    (stub,) = stubs_of(server.pid)
+    os.kill(stub, signal.SIGKILL)
+    with triton.InferenceServerClient(url) as client:
+        assert client.is_server_ready(), "Triton itself does not notice, which is why the check infers"
+    state = health.check(url, "counting", timeout=5.0)
+    assert not state.healthy and not state.alive, state
+
+
+@pytest.mark.server
+def test_the_probe_command_exits_with_its_verdict(make_triton: MakeTriton) -> None:
+    server = make_triton()
+    server.wait_until_serving("counting", START_SECS)
+
+    def probe(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "dspark_backend.serving.cli", "health", "--url", server.grpc_url, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    good = probe("--model", "counting")
+    assert good.returncode == 0 and good.stdout.startswith("healthy: counting answered"), good
+    bad = probe("--model", "missing")
+    assert bad.returncode == 1 and "missing is not ready" in bad.stdout, bad
+    assert probe("--ready-only").returncode == 0

@@ -1,0 +1,75 @@
+"""Exported models for tests: the tiny golden ones, variants of them, and SmolLM2 from a cache."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from os import environ
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dspark_backend.stages.artifact import STAGE_FILE
+from dspark_export.verifier import VerifierExport, export_verifier
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+GOLDEN = CHECKOUT / "tests" / "golden"
+GOLDEN_NAMES = ("qwen3_vanilla", "qwen3_gated", "qwen3_rnn")
+
+
+def silent(stage: str, done: float) -> None:
+    """Progress that nobody watches."""
+
+
+def export(model: Path | str, out: Path, **options: Any) -> Path:
+    """Export and return the artifact's directory."""
+    export_verifier(VerifierExport(str(model), out, **options), silent)
+    return out
+
+
+def golden_taps(name: str) -> tuple[int, ...]:
+    """The layers that the golden drafter reads."""
+    config = json.loads((GOLDEN / name / "drafter" / "config.json").read_text())
+    return tuple(config["target_layer_ids"])
+
+
+def golden_arrays(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / name / "golden.npz") as arrays:
+        return dict(arrays)
+
+
+def variant(artifact: Path, out: Path, **changes: Any) -> Path:
+    """A copy of an artifact whose stage.json says something else."""
+    shutil.copytree(artifact, out)
+    stage = json.loads((out / STAGE_FILE).read_text())
+    (out / STAGE_FILE).write_text(json.dumps(stage | changes))
+    return out
+
+
+def cache_folder() -> Path:
+    """Where exports are kept between runs."""
+    return Path(environ.get("DSPARK_TEST_CACHE") or "~/.cache/dspark-tests").expanduser().resolve()
+
+
+def exported(model: str) -> Path:
+    """The verifier artifact of what dspark-export takes as ``--model``, exported at most once for its sources."""
+    quickstart = str(CHECKOUT / "deploy" / "quickstart")
+    if quickstart not in sys.path:
+        sys.path.append(quickstart)
+    import repository as quickstart_repository
+    from locks import exclusive
+
+    packages = " ".join(f"{name}={version(name)}" for name in ("onnx", "onnx_ir", "numpy", "gguf"))
+    cache = cache_folder()
+    with exclusive(cache / "export.lock"):
+        return quickstart_repository.export(
+            [sys.executable, "-m", "dspark_export.cli"],
+            model,
+            f"{platform.python_version()} {packages}",
+            cache,
+            cache / "export.log",
+        )
