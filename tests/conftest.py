@@ -37,6 +37,6 @@ def text_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_artifact() -> Path:
+def smollm2_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct in float32. Slow the first time."""
-    return artifacts.exported("smollm2-135m")
+    return artifacts.exported("smollm2-135m", tmp_path_factory.mktemp("smollm2") / "artifact")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dspark_backend.errors import ConfigError
-from dspark_backend.scheduling import parse_policy
+from dspark_backend.scheduling import DepthPolicy, parse_policy
 
 
 def _parse(key: str, kind: str, text: str, base: Path) -> Any:
@@ -24,7 +24,7 @@ def _parse(key: str, kind: str, text: str, base: Path) -> Any:
         if text.lower() not in ("true", "false"):
             raise ConfigError(f"{key}: expected true or false, got {text!r}")
         return text.lower() == "true"
-    if kind == "Path":
+    if kind in ("Path", "Path | None"):
         if not text:
             raise ConfigError(f"{key}: expected a path, got an empty string")
         return (base / text).resolve()
@@ -41,8 +41,15 @@ class EngineConfig:
 
     verifier: Path
     """Artifact directory of the verifier; relative paths start at the model's own folder."""
-    policy: str = "off"
-    """How verification depth is chosen."""
+    drafter: Path | None = None
+    """Artifact directory of the drafter; none serves without speculation."""
+    policy: str = ""
+    """How deep drafts are verified: off, fixed:N, threshold:P, causal or lagged. Default: causal with a drafter, off
+    without."""
+    cost_cache: Path | None = None
+    """Where measured step times are kept; default the cache folder of the user."""
+    profile_seconds: float = 20.0
+    """Most time to measure step times at the first load."""
     max_slots: int = 16
     """Most sequences in the key/value cache at once."""
     kv_budget_mib: int = 2048
@@ -71,10 +78,9 @@ class EngineConfig:
             if not good:
                 raise ConfigError(f"{key}: expected {wanted}, got {getattr(self, key)!r}")
 
-        try:
-            parse_policy(self.policy)
-        except ValueError as error:
-            raise ConfigError(f"policy: {error}") from None
+        check("profile_seconds", self.profile_seconds >= 1.0, "at least 1")
+        if self.depth_policy.drafts and self.drafter is None:
+            raise ConfigError(f"policy: expected off without a drafter, got {self.policy!r}; set the key drafter, too")
         check("max_slots", 1 <= self.max_slots <= 1024, "1 to 1024")
         check("kv_budget_mib", self.kv_budget_mib >= 1, "at least 1")
         check("max_context", self.max_context == 0 or self.max_context >= 2, "0 or at least 2")
@@ -85,6 +91,14 @@ class EngineConfig:
         check("max_prompt_bytes", self.max_prompt_bytes >= 0, "0 or more")
         check("threads", 0 <= self.threads <= 1024, "0 to 1024")
         check("metrics_interval_ms", self.metrics_interval_ms >= 10, "at least 10")
+
+    @property
+    def depth_policy(self) -> DepthPolicy:
+        """``policy``, parsed. Raises ConfigError where it names none."""
+        try:
+            return parse_policy(self.policy or ("off" if self.drafter is None else "causal"))
+        except ValueError as error:
+            raise ConfigError(f"policy: {error}") from None
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str], base: Path) -> EngineConfig:

@@ -53,6 +53,10 @@ class InternalError(DSparkError):
     """Something broke on our side; the request is lost, the engine goes on."""
 
 
+class NotFinite(InternalError):
+    """The model gave NaN or infinite numbers."""
+
+
 class ArtifactError(DSparkError):
     """An exported artifact is missing, corrupt, or does not fit this engine. Raised at load."""
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dspark_backend.errors import DSparkError
 from dspark_backend.stages.batch import RowMove
-from dspark_backend.stages.protocol import VerifierStage
+from dspark_backend.stages.protocol import DrafterStage, VerifierStage
 
 _MIN_REUSE = 4
 """Fewer cached tokens than this are not worth copying."""
@@ -37,6 +37,8 @@ class Slot:
     """Tokens promised to the sequence that holds it; 0 where it is free."""
     released: int = 0
     """When it was freed, on the cache's own clock: the latest are kept longest."""
+    context_length: int = 0
+    """Rows, at most ``length``, that the drafter's cache holds, too."""
     _tokens: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     _length: int = 0
 
@@ -67,6 +69,7 @@ class Slot:
     def truncate(self, length: int) -> None:
         """Forget the rows from ``length`` on."""
         self._length = min(self._length, length)
+        self.context_length = min(self.context_length, self._length)
 
 
 def common_prefix(left: NDArray[np.int64], right: NDArray[np.int64]) -> int:
@@ -77,32 +80,49 @@ def common_prefix(left: NDArray[np.int64], right: NDArray[np.int64]) -> int:
 
 
 class KvCache:
-    """Slots over a stage's cache.
+    """Slots over the caches of both stages: the drafter's rows and the verifier's live and die together.
 
     Raises:
         DSparkError: the budget does not hold even one sequence of two tokens.
     """
 
-    def __init__(self, stage: VerifierStage, max_slots: int, budget_bytes: int, max_context: int = 0) -> None:
-        self._stage = stage
-        self._budget_rows = budget_bytes // stage.artifact.cache_bytes_per_token
+    def __init__(
+        self,
+        stage: VerifierStage,
+        max_slots: int,
+        budget_bytes: int,
+        max_context: int = 0,
+        drafter: DrafterStage | None = None,
+    ) -> None:
+        self._stages: list[VerifierStage | DrafterStage] = [stage]
+        # A block of drafts sits behind the last committed row.
+        self._margin = 0
+        if drafter is not None:
+            self._stages.append(drafter)
+            self._margin = drafter.artifact.block_size
+        self._bytes_per_row = sum(each.artifact.cache_bytes_per_token for each in self._stages)
+        self._budget_rows = budget_bytes // self._bytes_per_row
         self.max_context = min(self._longest_within_budget(), stage.artifact.max_context)
         if max_context:
             self.max_context = min(self.max_context, max_context)
         if self.max_context < 2:
             raise DSparkError(
-                f"kv_budget_mib: expected room for at least one sequence ({capacity_for(2)} rows of "
-                f"{stage.artifact.cache_bytes_per_token} bytes), got {budget_bytes} bytes"
+                f"kv_budget_mib: expected room for at least one sequence ({self._capacity_for(2)} rows of "
+                f"{self._bytes_per_row} bytes), got {budget_bytes} bytes"
             )
         self._max_slots = max_slots
         self._clock = 0
         self.capacity = 0
         self._slots: list[Slot] = []
-        self._reallocate(capacity_for(2))
+        self._reallocate(self._capacity_for(2))
+
+    def _capacity_for(self, length: int) -> int:
+        """Rows of a slot that holds ``length`` tokens, and a block of drafts behind them."""
+        return capacity_for(length + self._margin)
 
     def _longest_within_budget(self) -> int:
         length = self._budget_rows
-        while length > 0 and capacity_for(length) > self._budget_rows:
+        while length > 0 and self._capacity_for(length) > self._budget_rows:
             length -= 1
         return length
 
@@ -114,14 +134,14 @@ class KvCache:
     @property
     def bytes_in_use(self) -> int:
         """Bytes of the rows that hold committed tokens of running sequences."""
-        return sum(slot.length for slot in self.active) * self._stage.artifact.cache_bytes_per_token
+        return sum(slot.length for slot in self.active) * self._bytes_per_row
 
     def fits(self, reserve: int) -> bool:
         """Whether a sequence that may grow to ``reserve`` tokens can be admitted now."""
         active = self.active
         longest = max([reserve, *(slot.reserved for slot in active)])
         count = len(active) + 1
-        return count <= self._max_slots and count * capacity_for(longest) <= self._budget_rows
+        return count <= self._max_slots and count * self._capacity_for(longest) <= self._budget_rows
 
     def acquire(self, reserve: int) -> Slot:
         """A free slot for a sequence of at most ``reserve`` tokens, its rows empty. Call only where ``fits``."""
@@ -130,7 +150,7 @@ class KvCache:
         free = [slot for slot in self._slots if slot.free]
         if not free:
             # Fewer slots than the budget allows: the block is still as long as sequences that are gone.
-            self._reallocate(capacity_for(max([1, *(held.length for held in self.active)])))
+            self._reallocate(self._capacity_for(max([1, *(held.length for held in self.active)])))
             free = [slot for slot in self._slots if slot.free]
         slot = min(free, key=lambda candidate: candidate.index)
         slot.reserved = reserve
@@ -139,12 +159,17 @@ class KvCache:
         slot.truncate(reserve)
         return slot
 
-    def reuse_prefix(self, slot: Slot, token_ids: Sequence[int], limit: int) -> int:
-        """Fill a new sequence's slot with cached rows of the same beginning, at most ``limit``. Returns how many."""
+    def reuse_prefix(self, slot: Slot, token_ids: Sequence[int], limit: int, with_context: bool = False) -> int:
+        """Fill a new sequence's slot with cached rows of the same beginning, at most ``limit``. Returns how many.
+
+        ``with_context``: only rows that the drafter's cache holds, too.
+        """
         wanted = np.asarray(token_ids[:limit], dtype=np.int64)
         best, length = slot, 0
         for candidate in self._slots:
             shared = common_prefix(candidate.tokens, wanted)
+            if with_context:
+                shared = min(shared, candidate.context_length)
             # A match in the slot itself costs no copy, so it wins a tie.
             if shared > length or (shared == length and candidate is slot):
                 best, length = candidate, shared
@@ -154,9 +179,10 @@ class KvCache:
         if best is slot:
             slot.truncate(length)
         else:
-            self._stage.copy_rows(RowMove(best.index, slot.index, length))
+            self._copy_rows(RowMove(best.index, slot.index, length))
             slot.truncate(0)
             slot.commit(best.tokens[:length].tolist())
+            slot.context_length = min(length, best.context_length)
         return length
 
     def release(self, slot: Slot) -> None:
@@ -173,21 +199,21 @@ class KvCache:
     def reset(self) -> None:
         """Begin anew with an empty block, whatever state a failed step left. Call only where nobody holds a slot."""
         self._slots = []
-        self._reallocate(capacity_for(2))
+        self._reallocate(self._capacity_for(2))
 
     def prepare(self, length: int) -> None:
         """Make room for positions below ``length`` and bring the sequences together. Call before a step.
 
         ``length`` speaks for the sequences of the step; the others keep what they have.
         """
-        needed = capacity_for(max([length, *(slot.length for slot in self.active)]))
+        needed = self._capacity_for(max([length, *(slot.length for slot in self.active)]))
         if needed > self.capacity or 2 * needed <= self.capacity:
             self._reallocate(needed)
             return
         active = self.active
         while active and active[-1].index + 1 > 2 * len(active):
             hole = min((slot for slot in self._slots if slot.free), key=lambda slot: slot.index)
-            self._stage.copy_rows(RowMove(active[-1].index, hole.index, active[-1].length))
+            self._copy_rows(RowMove(active[-1].index, hole.index, active[-1].length))
             hole.truncate(0)
             hole.index, active[-1].index = active[-1].index, hole.index
             active = sorted(active, key=lambda slot: slot.index)
@@ -201,6 +227,10 @@ class KvCache:
             if slot.length > self.capacity or (not slot.free and slot.length > slot.reserved):
                 raise DSparkError(f"cache: slot {slot.index} holds {slot.length} rows, more than it may")
 
+    def _copy_rows(self, move: RowMove) -> None:
+        for stage in self._stages:
+            stage.copy_rows(move)
+
     def _reallocate(self, capacity: int) -> None:
         """A new block: running sequences first, then the most recently used rows that still fit."""
         held = self.active
@@ -210,7 +240,8 @@ class KvCache:
         for slot in chosen:
             slot.truncate(capacity)
         moves = [RowMove(slot.index, index, slot.length) for index, slot in enumerate(chosen) if slot.length]
-        self._stage.allocate(count, capacity, moves)
+        for stage in self._stages:
+            stage.allocate(count, capacity, moves)
         for index, slot in enumerate(chosen):
             slot.index = index
         self._slots = chosen + [Slot(index) for index in range(len(chosen), count)]

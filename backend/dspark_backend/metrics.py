@@ -6,7 +6,7 @@ Names keep vLLM's suffixes under the prefix ``dspark_``, so that dashboards carr
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from typing import ClassVar
 
 from dspark_backend.delta import FinishReason, Usage
@@ -62,6 +62,9 @@ class EngineMetrics:
 
     SEPARATOR: ClassVar[str] = "__"
 
+    block_size: InitVar[int] = 0
+    """Of the drafter; 0 without one."""
+
     prompt_tokens_total: Counter = field(default_factory=lambda: Counter("Prompt tokens of admitted requests."))
     generation_tokens_total: Counter = field(default_factory=lambda: Counter("Tokens handed to clients."))
     prefix_cache_hit_tokens_total: Counter = field(
@@ -77,6 +80,28 @@ class EngineMetrics:
         default_factory=lambda: Counter("Drafted tokens that the scheduler sent to verification.")
     )
     spec_decode_num_accepted_tokens_total: Counter = field(default_factory=lambda: Counter("Accepted draft tokens."))
+    spec_decode_num_accepted_tokens_per_pos_total: list[Counter] = field(init=False)
+    """One a place in the block."""
+    spec_decode_num_verified_tokens_per_pos_total: list[Counter] = field(init=False)
+    spec_decode_drafter_skips_total: Counter = field(
+        default_factory=lambda: Counter("Rounds of a sequence in which drafting was not expected to pay.")
+    )
+    spec_decode_draft_seconds_total: Counter = field(default_factory=lambda: Counter("Time in the drafter."))
+    spec_decode_verify_budget: Gauge = field(
+        default_factory=lambda: Gauge("Drafts that the last step verified, over all sequences.")
+    )
+    spec_decode_trim_ratio: Gauge = field(
+        default_factory=lambda: Gauge("Share of the drafts of the last step that the scheduler left out.")
+    )
+    spec_decode_calibration_error: Gauge = field(
+        default_factory=lambda: Gauge("Running difference of predicted and observed acceptance.")
+    )
+    predicted_step_seconds_total: Counter = field(
+        default_factory=lambda: Counter("Time that the cost model predicted for the verification steps.")
+    )
+    cost_model_error: Gauge = field(
+        default_factory=lambda: Gauge("Running mean of |actual / predicted - 1| of verification steps.")
+    )
     requests_finished_total__stop: Counter = field(default_factory=lambda: _finished("stop"))
     requests_finished_total__length: Counter = field(default_factory=lambda: _finished("length"))
     requests_finished_total__cancelled: Counter = field(default_factory=lambda: _finished("cancelled"))
@@ -100,6 +125,30 @@ class EngineMetrics:
         default_factory=lambda: Histogram("From arrival to the first slot.", _LATENCY_BUCKETS)
     )
 
+    def __post_init__(self, block_size: int) -> None:
+        def by_place(doc: str) -> list[Counter]:
+            return [Counter(doc, (("position", str(place)),)) for place in range(block_size)]
+
+        self.spec_decode_num_accepted_tokens_per_pos_total = by_place("Accepted draft tokens by place in the block.")
+        self.spec_decode_num_verified_tokens_per_pos_total = by_place("Verified draft tokens by place in the block.")
+
+    def count_step(self, tokens: int, seconds: float) -> None:
+        """A verification step ended."""
+        self.steps_total.add()
+        self.step_seconds_total.add(seconds)
+        self.step_tokens_total.add(tokens)
+
+    def count_block(self, drafted: int, verified: int, accepted: int) -> None:
+        """A block was drafted for a sequence, and so much of it verified and accepted."""
+        self.spec_decode_num_drafts_total.add()
+        self.spec_decode_num_draft_tokens_total.add(drafted)
+        self.spec_decode_num_verified_tokens_total.add(verified)
+        self.spec_decode_num_accepted_tokens_total.add(accepted)
+        for place in range(verified):
+            self.spec_decode_num_verified_tokens_per_pos_total[place].add()
+        for place in range(accepted):
+            self.spec_decode_num_accepted_tokens_per_pos_total[place].add()
+
     def count_finished(self, reason: FinishReason, usage: Usage) -> None:
         """A sequence reached its end."""
         stopped = reason is FinishReason.STOP
@@ -120,7 +169,9 @@ class EngineMetrics:
 
     def items(self) -> list[tuple[str, Counter | Gauge | Histogram]]:
         """(exported name, metric) of every field."""
-        return [
-            (PREFIX + item.name.split(self.SEPARATOR)[0], getattr(self, item.name))
-            for item in fields(self)
-        ]  # fmt: skip
+        found: list[tuple[str, Counter | Gauge | Histogram]] = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            name = PREFIX + item.name.split(self.SEPARATOR)[0]
+            found += [(name, metric) for metric in (value if isinstance(value, list) else [value])]
+        return found

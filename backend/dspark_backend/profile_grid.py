@@ -28,7 +28,7 @@ class ProfilePlan:
     max_seconds: float = 20.0
     """After this nothing is repeated. A slow model is measured at fewer points, but at each of them at least once."""
     repetitions: int = 9
-    """Most measurements of a point; the median counts."""
+    """Most measurements of a point."""
 
     def __post_init__(self) -> None:
         for name in ("max_slots", "memory_bytes", "max_seconds", "repetitions"):

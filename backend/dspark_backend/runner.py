@@ -7,16 +7,21 @@ import threading
 import time
 from collections import deque
 
+from dspark_backend.calibration import load_calibration
 from dspark_backend.config import EngineConfig
-from dspark_backend.engine import Engine
+from dspark_backend.cost_cache import CostCache, default_cache_directory, fingerprint, load_or_measure
+from dspark_backend.engine import Drafting, Engine
 from dspark_backend.errors import QueueFull
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.preparation import Preparer
+from dspark_backend.profile_grid import ProfilePlan
 from dspark_backend.request import GenerationRequest
 from dspark_backend.sequence import RequestState, Sink
 from dspark_backend.stages.artifact import VerifierArtifact
+from dspark_backend.stages.onnxruntime_drafter import OnnxRuntimeDrafter
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
-from dspark_backend.stages.protocol import VerifierStage
+from dspark_backend.stages.protocol import DrafterStage, VerifierStage
+from dspark_backend.telemetry import RoundObserver
 from dspark_backend.tokenizer import Tokenizer, TokenizerSettings
 
 logger = logging.getLogger(__name__)
@@ -25,10 +30,19 @@ logger = logging.getLogger(__name__)
 class EngineRunner:
     """An engine with its thread. All methods may be called from any thread."""
 
-    def __init__(self, stage: VerifierStage, tokenizer: Tokenizer | None, config: EngineConfig) -> None:
-        self._stage = stage
+    def __init__(
+        self,
+        stage: VerifierStage,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig,
+        drafting: Drafting | None = None,
+        observer: RoundObserver | None = None,
+    ) -> None:
+        self._stages: list[VerifierStage | DrafterStage] = [stage]
+        if drafting is not None:
+            self._stages.append(drafting.drafter)
         self._config = config
-        self._engine = Engine(stage, tokenizer, config)
+        self._engine = Engine(stage, tokenizer, config, drafting, observer)
         self._preparer = Preparer(
             stage.artifact,
             tokenizer,
@@ -36,6 +50,7 @@ class EngineRunner:
             config.max_slots,
             config.default_max_tokens,
             config.max_prompt_bytes,
+            config.depth_policy if drafting is not None else None,
         )
         self._inbox: deque[RequestState] = deque()
         self._wake = threading.Condition()
@@ -45,15 +60,16 @@ class EngineRunner:
         self._thread.start()
 
     @classmethod
-    def open(cls, config: EngineConfig) -> EngineRunner:
+    def open(cls, config: EngineConfig, observer: RoundObserver | None = None) -> EngineRunner:
         """Load the artifacts that the settings name, and start.
 
         Raises:
             ArtifactError: an artifact is missing, corrupt or does not fit.
             DSparkError: the settings do not fit the artifact.
         """
-        stage = OnnxRuntimeVerifier(config.verifier, config.threads)
-        return cls(stage, load_tokenizer(config, stage.artifact), config)
+        verifier = OnnxRuntimeVerifier(config.verifier, config.threads)
+        drafting = load_drafting(config, verifier) if config.drafter is not None else None
+        return cls(verifier, load_tokenizer(config, verifier.artifact), config, drafting, observer)
 
     @property
     def metrics(self) -> EngineMetrics:
@@ -102,7 +118,8 @@ class EngineRunner:
             self._stopping = True
             self._wake.notify()
         self._thread.join()
-        self._stage.close()
+        for stage in self._stages:
+            stage.close()
 
     def _run(self) -> None:
         engine = self._engine
@@ -142,3 +159,24 @@ def load_tokenizer(config: EngineConfig, artifact: VerifierArtifact) -> Tokenize
         return None
     settings = TokenizerSettings(artifact.bos_token_id, artifact.eos_token_ids, artifact.add_bos)
     return Tokenizer(config.verifier, settings)
+
+
+def load_drafting(config: EngineConfig, verifier: OnnxRuntimeVerifier) -> Drafting:
+    """Drafter, calibration and cost model; the last is measured where no cache has it.
+
+    Raises:
+        ArtifactError: the drafter is missing, corrupt or of another verifier, or its calibration is damaged.
+    """
+    assert config.drafter is not None
+    drafter = OnnxRuntimeDrafter(config.drafter, config.verifier, config.threads)
+    artifact = drafter.artifact
+    calibration = load_calibration(config.drafter, artifact.block_size, artifact.source_hash)
+    plan = ProfilePlan(max_slots=config.max_slots, max_seconds=config.profile_seconds)
+    key = fingerprint(verifier.artifact, artifact, config.threads, plan)
+    cache = CostCache(config.cost_cache or default_cache_directory(), key)
+
+    def log_progress(what: str, done: float) -> None:
+        logger.info("cost model: %s, %.0f%%", what, 100 * done)
+
+    cost = load_or_measure(cache, verifier, drafter, plan, log_progress)
+    return Drafting(drafter, calibration, cost)

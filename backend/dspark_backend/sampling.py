@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_backend.bad_words import BadWords, TokenIds, TokenMask
-from dspark_backend.errors import DSparkError, InvalidRequest
+from dspark_backend.errors import DSparkError, InvalidRequest, NotFinite
 from dspark_backend.penalties import SamplingContext, penalise
 from dspark_backend.request import SamplingParams
 from dspark_backend.rng import Purpose, RngStreams
@@ -221,7 +221,7 @@ def _finite_peak(logits: Logits) -> float:
     peak = float(logits.max())
     if not math.isfinite(peak):
         found = "nothing but -inf" if peak == -math.inf else str(peak)
-        raise DSparkError(
+        raise NotFinite(
             f"logits: expected finite numbers from the target, got {found}; "
             "the model or its precision is broken: check the exported artifact"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,6 +17,8 @@ from dspark_backend.preparation import PreparedRequest
 from dspark_backend.rng import RngStreams
 from dspark_backend.stop_strings import StopStrings
 from dspark_backend.tokenizer import Tokenizer
+
+_NUMBERS = itertools.count()
 
 
 class Sink(Protocol):
@@ -65,6 +68,8 @@ class SequenceState:
         request, prompt = state.prepared.request, state.prepared.prompt_ids
         self.state = state
         self.index = index
+        self.number = next(_NUMBERS)
+        """Tells it from all other sequences of this process."""
         self.slot: Slot | None = None
         self.prefill_started = False
         self.context = SamplingContext(prompt)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import threading
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from dspark_backend.config import EngineConfig
 from dspark_backend.delta import Delta
 from dspark_backend.errors import ConfigError, DSparkError, InternalError, Status
 from dspark_backend.metrics import Counter, EngineMetrics, Gauge, Histogram
+from dspark_backend.outbox import Outbox, Parcel
 from dspark_backend.runner import EngineRunner
 from dspark_backend.scoring import score
 from dspark_backend.sequence import RequestState
@@ -67,16 +67,16 @@ class _Call:
 
     sender: Any
     collector: Collector
-    outbox: queue.SimpleQueue[tuple[_Call, list[Delta] | DSparkError, bool] | None]
+    outbox: Outbox[_Call]
     state: RequestState | None = None
 
     def delta(self, delta: Delta, last: bool) -> None:
         deltas = self.collector.take(delta, last)
         if deltas:
-            self.outbox.put((self, deltas, last))
+            self.outbox.put(Parcel(self, deltas, last))
 
     def error(self, error: DSparkError) -> None:
-        self.outbox.put((self, error, True))
+        self.outbox.put(Parcel(self, error, True))
 
 
 class DSparkModel:
@@ -90,7 +90,7 @@ class DSparkModel:
             self._runner = EngineRunner.open(config)
         except DSparkError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self._outbox: queue.SimpleQueue[tuple[_Call, list[Delta] | DSparkError, bool] | None] = queue.SimpleQueue()
+        self._outbox: Outbox[_Call] = Outbox()
         self._open: set[_Call] = set()
         publisher = MetricsPublisher(
             self._runner.metrics, {"model": args["model_name"], "version": args["model_version"]}
@@ -108,7 +108,7 @@ class DSparkModel:
     def finalize(self) -> None:
         """Let running requests finish for a moment, then stop."""
         self._runner.stop(_DRAIN_SECONDS)
-        self._outbox.put(None)
+        self._outbox.close()
         self._thread.join()
 
     def _accept(self, request: Any) -> None:
@@ -137,14 +137,11 @@ class DSparkModel:
             if now >= next_metrics:
                 publisher.publish()
                 next_metrics = now + interval
-            try:
-                entry = self._outbox.get(timeout=max(0.0, min(next_poll, next_metrics) - time.monotonic()))
-            except queue.Empty:
-                continue
-            if entry is None:
+            for parcel in self._outbox.take(max(0.0, min(next_poll, next_metrics) - time.monotonic())):
+                self._send(parcel.owner, parcel.result, parcel.last)
+            if self._outbox.closed:
                 publisher.publish()
                 return
-            self._send(*entry)
 
     def _send(self, call: _Call, result: list[Delta] | DSparkError, last: bool) -> None:
         if isinstance(result, DSparkError):

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 
 from dspark_backend.acceptance import Proposal, accepts, residual
 from dspark_backend.rng import Purpose
-from dspark_backend.sampling import draw, greedy_token, log_probability, needs_logits, target_distribution
+from dspark_backend.sampling import (
+    draw,
+    greedy_token,
+    log_probability,
+    masked_logits,
+    needs_logits,
+    target_distribution,
+)
 from dspark_backend.sequence import SequenceState
 from dspark_backend.stages.batch import FloatArray, IntArray
 
@@ -60,6 +67,7 @@ def _choose(
     """The token of one position, and whether it is the draft."""
     params, mask, context = sequence.prepared.request.sampling, sequence.prepared.mask, sequence.context
     if not needs_logits(params, mask, context.output_length):
+        masked_logits(logits, params, context)  # for its check: argmax of NaN looks like a token
         return argmax, argmax == draft
     if params.greedy:
         token = greedy_token(logits, params, context, mask)

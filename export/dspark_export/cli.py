@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from dspark_backend.errors import DSparkError
+from dspark_export.commands.drafter import drafter
 from dspark_export.commands.profile import profile
-from dspark_export.compare import compare_with_transformers
-from dspark_export.source import resolve_model
-from dspark_export.verifier import DEFAULT_MAX_CONTEXT, VerifierExport, export_verifier
+from dspark_export.commands.progress import console
+from dspark_export.commands.speculation import calibrate, evaluate
+from dspark_export.commands.verifier import verifier
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console(stderr=True)
 
 
 @app.callback()
@@ -29,64 +25,8 @@ def root(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what
     )
 
 
-@app.command()
-def verifier(
-    model: Annotated[str, typer.Option(help="Hugging Face folder, .gguf file, or smollm2-135m (its package's file).")],
-    out: Annotated[Path, typer.Option(help="Artifact directory, such as model_repository/verifier/1.")],
-    dtype: Annotated[str, typer.Option(help="Storage of the weights: float32, float16 or bfloat16.")] = "float32",
-    runtime: Annotated[str, typer.Option(help="What will run it: onnxruntime.")] = "onnxruntime",
-    target_layer_ids: Annotated[
-        str, typer.Option(help="Layers whose outputs a drafter reads, such as 1,8,14; default a spread of five.")
-    ] = "",
-    max_context: Annotated[
-        int | None, typer.Option(help=f"Longest sequence; default the model's own, at most {DEFAULT_MAX_CONTEXT}.")
-    ] = None,
-    check_against_transformers: Annotated[
-        bool, typer.Option("--check-against-transformers", help="Compare logits with transformers (needs torch).")
-    ] = False,
-) -> None:
-    """Export a target model."""
-    begin = time.perf_counter()
-    options = VerifierExport(model, out, dtype, runtime, _layers(target_layer_ids), max_context)
-    with _progress() as progress:
-        task = progress.add_task("read the checkpoint", total=1.0)
-        artifact = export_verifier(
-            options, lambda stage, done: progress.update(task, description=stage, completed=done, refresh=True)
-        )
-        progress.update(task, description="done", completed=1.0)
-    size = sum(artifact.files.values()) / 2**20
-    console.print(
-        f"{artifact.family} with {artifact.num_layers} layers, taps {list(artifact.target_layer_ids)}, context "
-        f"{artifact.max_context}: {size:.0f} MiB in {out}, {time.perf_counter() - begin:.1f} s",
-        highlight=False,
-    )
-    if check_against_transformers:
-        result = compare_with_transformers(resolve_model(model), out)
-        console.print(
-            f"against transformers, {result.tokens} tokens: largest difference of logits "
-            f"{result.largest_difference:.1e}, same argmax at {result.same_argmax:.1%}",
-            highlight=False,
-        )
-
-
-def _layers(text: str) -> tuple[int, ...] | None:
-    if not text:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(
-            f"expected layers such as 1,8,14, got {text!r}", param_hint="--target-layer-ids"
-        ) from None
-
-
-def _progress() -> Progress:
-    return Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console
-    )  # fmt: skip
-
-
-app.command()(profile)
+for command in (verifier, drafter, profile, calibrate, evaluate):
+    app.command()(command)
 
 
 def main() -> None:

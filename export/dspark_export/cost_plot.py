@@ -29,16 +29,16 @@ def draw_cost(model: CostModel, path: Path) -> None:
         curves = (curve for curve in model.verify if curve.capacity == capacity)
         for curve in sorted(curves, key=lambda curve: curve.num_requests):
             tokens = curve.num_requests * np.array(curve.tokens_each)
-            axis.plot(tokens, 1.0 / np.array(curve.seconds), marker="o", label=f"{curve.num_requests} requests")
+            axis.plot(tokens, 1.0 / np.array(curve.seconds), marker="o", label=str(curve.num_requests))
         drafts = sorted(
             (curve.num_requests, 1.0 / curve.seconds[0]) for curve in model.draft if curve.capacity == capacity
         )
         if drafts:
             counts, rates = zip(*drafts, strict=True)
-            axis.plot(counts, rates, linestyle="--", marker="x", color="black", label="drafting rounds (by requests)")
+            axis.plot(counts, rates, linestyle="--", marker="x", color="black", label="drafting, by R")
         axis.set(title=f"capacity {capacity}", xlabel="tokens in the step, B", xscale="log", yscale="log")
         axis.grid(True, which="both", alpha=0.3)
+        axis.legend(title="requests R", fontsize="small")
     axes[0].set_ylabel("steps a second, SPS(B)")
-    axes[0].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, format="png")

@@ -4,41 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from stage_doubles import StorageStage
+from stored_cache import cache_of, check, run, storage
 
 from dspark_backend.errors import DSparkError
-from dspark_backend.kv_cache import KvCache, Slot, capacity_for, common_prefix
-
-BYTES = 8
-
-
-def cache_of(rows: int, max_slots: int = 4, max_context: int = 0, model_context: int = 4096) -> KvCache:
-    return KvCache(StorageStage(model_context, BYTES), max_slots, rows * BYTES, max_context)
-
-
-def value(token: int, position: int) -> float:
-    """What the storage holds for a token: depends on the position, as keys do."""
-    return token * 10_000.0 + position
-
-
-def run(cache: KvCache, slot: Slot, tokens: list[int]) -> None:
-    """A step: prepare, write, commit."""
-    cache.prepare(slot.length + len(tokens))
-    start = slot.length
-    cache._stage.write(slot.index, start, [value(token, start + i) for i, token in enumerate(tokens)])
-    slot.commit(tokens)
-
-
-def check(cache: KvCache) -> None:
-    cache.check_integrity()
-    stage = cache._stage
-    assert stage.rows.shape[1] == cache.capacity
-    assert stage.rows.size <= cache._budget_rows
-    for slot in cache._slots:
-        expected = [value(token, position) for position, token in enumerate(slot.tokens.tolist())]
-        assert stage.rows[slot.index, : slot.length].tolist() == expected
+from dspark_backend.kv_cache import capacity_for, common_prefix
 
 
 @pytest.mark.parametrize(
@@ -62,88 +33,6 @@ def test_common_prefix():
     assert count([1, 2, 3], [1, 2, 4]) == 2
     assert count([1, 2], [1, 2, 3]) == 2
     assert count([9, 2], [1, 2]) == 0
-
-
-class Model:
-    """Random traffic: what each held slot must contain, and how far it may grow."""
-
-    def __init__(self, cache: KvCache, rng: np.random.Generator) -> None:
-        self.cache, self.rng = cache, rng
-        self.held: dict[Slot, tuple[list[int], int, bool]] = {}
-
-    def admit(self) -> None:
-        rng, cache = self.rng, self.cache
-        prompt = self.prompt()
-        reserve = min(len(prompt) + int(rng.integers(1, 300)), cache.max_context)
-        prompt = prompt[: reserve - 1]
-        if not cache.fits(reserve):
-            with pytest.raises(DSparkError, match="no room"):
-                cache.acquire(reserve)
-            return
-        slot = cache.acquire(reserve)
-        assert slot not in self.held and slot.reserved == reserve
-        self.held[slot] = (prompt, reserve, False)
-
-    def prompt(self) -> list[int]:
-        # Few distinct beginnings, so that prefixes are shared.
-        head = np.random.default_rng(int(self.rng.integers(0, 3))).integers(0, 9, 400)
-        return head[: int(self.rng.integers(1, 400))].tolist() + self.rng.integers(0, 9, 3).tolist()
-
-    def advance(self) -> None:
-        if not self.held:
-            return
-        slot = list(self.held)[int(self.rng.integers(0, len(self.held)))]
-        prompt, reserve, started = self.held[slot]
-        if not started:
-            if self.rng.random() < 0.7:
-                hit = self.cache.reuse_prefix(slot, prompt, len(prompt) - 1)
-                assert hit == slot.length <= len(prompt) - 1
-                assert slot.tokens.tolist() == prompt[:hit]
-            else:
-                slot.truncate(0)
-            self.held[slot] = (prompt, reserve, True)
-            if slot.length < len(prompt):
-                run(self.cache, slot, prompt[slot.length :])
-        else:
-            room = reserve - slot.length
-            if room:
-                run(self.cache, slot, self.rng.integers(0, 9, min(room, int(self.rng.integers(1, 60)))).tolist())
-        expected = self.held[slot][0]
-        assert slot.tokens.tolist()[: len(expected)] == expected
-
-    def leave(self) -> None:
-        if self.held:
-            slot = list(self.held)[int(self.rng.integers(0, len(self.held)))]
-            del self.held[slot]
-            (self.cache.scrub if self.rng.random() < 0.1 else lambda _: None)(slot)
-            self.cache.release(slot)
-
-    def check(self) -> None:
-        check(self.cache)
-        assert set(self.cache.active) == set(self.held)
-        count = len(self.held)
-        if count:
-            longest = max(reserve for _, reserve, _ in self.held.values())
-            assert count * capacity_for(longest) <= self.cache._budget_rows
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    rows=st.sampled_from([512, 1024, 1536, 4096, 20_000]),
-    max_slots=st.sampled_from([1, 3, 8]),
-)
-def test_random_traffic(seed, rows, max_slots):
-    rng = np.random.default_rng(seed)
-    model = Model(cache_of(rows, max_slots), rng)
-    for _ in range(80):
-        action = rng.choice([model.admit, model.advance, model.advance, model.leave])
-        action()
-        model.check()
-    while model.held:
-        model.leave()
-        model.check()
-    assert model.cache.active == [] and model.cache.bytes_in_use == 0
 
 
 def test_a_short_step_keeps_the_rows_of_longer_sequences():
@@ -186,10 +75,10 @@ def test_capacity_grows_and_shrinks_with_the_sequences():
 def test_growth_is_rare():
     cache = cache_of(100_000)
     slot = cache.acquire(1024)
-    before = cache._stage.allocations
+    before = storage(cache).allocations
     for _ in range(1024):
         run(cache, slot, [1])
-    assert cache._stage.allocations - before == 7
+    assert storage(cache).allocations - before == 7
 
 
 def test_scattered_sequences_are_brought_together():
@@ -253,7 +142,7 @@ class TestReuse:
         again = cache.acquire(60)
         assert again is first
         assert cache.reuse_prefix(again, self.PROMPT, 39) == 39
-        assert cache._stage.copied == []
+        assert storage(cache).copied == []
         check(cache)
 
     def test_the_longest_match_wins(self):
@@ -262,7 +151,7 @@ class TestReuse:
         run(cache, slots[0], list(self.PROMPT[:10]))
         run(cache, slots[1], list(self.PROMPT[:30]))
         assert cache.reuse_prefix(slots[2], self.PROMPT, 39) == 30
-        assert [(move.source, move.length) for move in cache._stage.copied] == [(slots[1].index, 30)]
+        assert [(move.source, move.length) for move in storage(cache).copied] == [(slots[1].index, 30)]
 
     def test_limit(self):
         cache = cache_of(4096)
@@ -283,7 +172,7 @@ class TestReuse:
         run(cache, first, list(self.PROMPT))
         run(cache, second, [5] * 20)
         cache.scrub(first)
-        assert not cache._stage.rows[first.index].any()
+        assert not storage(cache).rows[first.index].any()
         assert second.tokens.tolist() == [5] * 20
         cache.release(first)
         third = cache.acquire(60)
@@ -311,7 +200,7 @@ def test_reset():
     slot = cache.acquire(600)
     run(cache, slot, [1] * 500)
     cache.reset()
-    assert cache.active == [] and cache.capacity == 128 and not cache._stage.rows.any()
+    assert cache.active == [] and cache.capacity == 128 and not storage(cache).rows.any()
     check(cache)
 
 

@@ -204,12 +204,12 @@ class TestDefects:
         with Gate(artifact) as gate:
             gate.open.set()
             engine = gate.runner._engine
-            real = engine._schedule
-            engine._schedule = lambda: (_ for _ in ()).throw(ZeroDivisionError("a defect"))
+            real = engine._prefill
+            engine._prefill = lambda: (_ for _ in ()).throw(ZeroDivisionError("a defect"))
             _, sink = submit(gate.runner, max_tokens=5)
             assert isinstance(sink.wait().failure, InternalError)
             assert "a defect" not in str(sink.failure)
-            engine._schedule = real
+            engine._prefill = real
             self.check(artifact, gate)
 
 

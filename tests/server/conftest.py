@@ -103,6 +103,12 @@ def set_parameters(config: Path, parameters: Mapping[str, str | None]) -> None:
     config.write_text(text_format.MessageToString(message))
 
 
+@pytest.fixture(scope="session", name="set_parameters")
+def _set_parameters() -> Callable[[Path, Mapping[str, str | None]], None]:
+    """``set_parameters(config, {"max_slots": "2"})`` for tests that lay out models of their own."""
+    return set_parameters
+
+
 MakeRepository = Callable[..., Path]
 
 

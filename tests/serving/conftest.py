@@ -36,8 +36,9 @@ class TritonPythonModel:
     def initialize(self, args):
         self.folder = Path(args["model_repository"])
         self.threads = []
-        family = pb_utils.MetricFamily(name="counting_num_requests_running", description="d", kind=pb_utils.MetricFamily.GAUGE)
-        self.running, self.lock = family.Metric(labels={}), Lock()
+        gauge = pb_utils.MetricFamily.GAUGE
+        self.family = pb_utils.MetricFamily(name="counting_num_requests_running", description="d", kind=gauge)
+        self.running, self.lock = self.family.Metric(labels={}), Lock()
 
     def count(self, change):
         with self.lock:

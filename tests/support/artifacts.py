@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import sys
 from importlib.metadata import version
-from os import environ
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,14 @@ def variant(artifact: Path, out: Path, **changes: Any) -> Path:
 
 def cache_folder() -> Path:
     """Where exports are kept between runs."""
-    return Path(environ.get("DSPARK_TEST_CACHE") or "~/.cache/dspark-tests").expanduser().resolve()
+    return Path(os.environ.get("DSPARK_TEST_CACHE") or "~/.cache/dspark-tests").expanduser().resolve()
 
 
-def exported(model: str) -> Path:
-    """The verifier artifact of what dspark-export takes as ``--model``, exported at most once for its sources."""
+def exported(model: str, folder: Path) -> Path:
+    """The verifier artifact of what dspark-export takes as ``--model``, exported at most once for its sources.
+
+    ``folder`` gets hard links of the cached files: a later run with newer sources may clear the cache meanwhile.
+    """
     quickstart = str(CHECKOUT / "deploy" / "quickstart")
     if quickstart not in sys.path:
         sys.path.append(quickstart)
@@ -66,10 +69,19 @@ def exported(model: str) -> Path:
     packages = " ".join(f"{name}={version(name)}" for name in ("onnx", "onnx_ir", "numpy", "gguf"))
     cache = cache_folder()
     with exclusive(cache / "export.lock"):
-        return quickstart_repository.export(
+        cached = quickstart_repository.export(
             [sys.executable, "-m", "dspark_export.cli"],
             model,
             f"{platform.python_version()} {packages}",
             cache,
             cache / "export.log",
         )
+        shutil.copytree(cached, folder, copy_function=_link)
+    return folder
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copy2(source, target)

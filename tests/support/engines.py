@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dspark_backend.config import EngineConfig
 from dspark_backend.delta import Delta, FinishReason
 from dspark_backend.engine import Engine
@@ -107,6 +109,29 @@ class Driver:
                 return sinks
             self.engine.step()
         raise AssertionError(f"not idle after {limit} steps")
+
+
+def prompt(seed: int, length: int) -> tuple[int, ...]:
+    """Random token ids that every golden model has."""
+    return tuple(np.random.default_rng(seed).integers(0, 300, length).tolist())
+
+
+def alone(artifact: Path, wanted: GenerationRequest, **settings: Any) -> KeepingSink:
+    """The answer of an engine that has nothing else to do."""
+    return Driver(artifact, **settings).run(wanted)[0]
+
+
+def mixed_requests() -> list[GenerationRequest]:
+    """Nine requests of all lengths, greedy and sampled."""
+    requests = []
+    for index in range(9):
+        options: dict[str, Any] = {"max_tokens": 6 + 5 * index, "seed": index}
+        if index % 3 == 1:
+            options |= {"temperature": 1.0, "top_p": 0.9}
+        if index % 3 == 2:
+            options |= {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.2, "presence_penalty": 0.3}
+        requests.append(ids(*prompt(index, 1 + 23 * index), **options))
+    return requests
 
 
 def open_runner(artifact: Path, **settings: Any) -> EngineRunner:

@@ -9,7 +9,8 @@ from typing import Any
 import psutil
 
 from dspark_backend.serving import orphans
-from dspark_client.prometheus import fetch
+from dspark_client.errors import ServerConnectionError
+from dspark_client.prometheus import Sample, fetch
 
 PUBLISHED_SECS = 0.8
 """Metrics are published twice a second."""
@@ -23,12 +24,24 @@ def metric(server: Any, name: str, **labels: str) -> float:
     full = f"dspark_{name}"
     samples = [
         sample
-        for sample in fetch(server.metrics_url, full, 10.0)
+        for sample in read_metrics(server, full)
         if sample.name == full and labels.items() <= dict(sample.labels).items()
     ]
     if not samples:
         raise KeyError(full)
     return sum(sample.value for sample in samples)
+
+
+def read_metrics(server: Any, prefix: str = "dspark_") -> list[Sample]:
+    """The samples with this prefix. Waits for the endpoint: it opens a moment after the gRPC service."""
+    end = time.monotonic() + 5.0
+    while True:
+        try:
+            return fetch(server.metrics_url, prefix, 10.0)
+        except ServerConnectionError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def until(condition: Callable[[], bool], seconds: float, what: str) -> None:

@@ -49,8 +49,10 @@ class WrappedStage:
 class StorageStage:
     """A stage's storage alone: one number a row, moved as the protocol says. ``write`` stands for a step."""
 
-    def __init__(self, max_context: int = 4096, bytes_per_token: int = 8) -> None:
-        self.artifact: Any = SimpleNamespace(max_context=max_context, cache_bytes_per_token=bytes_per_token)
+    def __init__(self, max_context: int = 4096, bytes_per_token: int = 8, block_size: int = 0) -> None:
+        self.artifact: Any = SimpleNamespace(
+            max_context=max_context, cache_bytes_per_token=bytes_per_token, block_size=block_size
+        )
         self.rows = np.zeros((0, 0))
         self.allocations = 0
         self.copied: list[RowMove] = []

@@ -26,8 +26,8 @@ KILL_SLACK_SECS = 3.0
 """How much longer than its exit timeout Triton may take. It hangs where a client keeps a stream open."""
 
 IDLE_SECS = 4.0
-"""A stop gives up on Triton when nothing was in flight for this long. Triton (seen in 2.51) loses count of a stream that
-is cancelled just after its last response, or that named an unknown tensor, and then waits for it in vain."""
+"""A stop gives up on Triton when nothing was in flight for this long. Triton (seen in 2.51) loses count of a stream
+that is cancelled just after its last response, or that named an unknown tensor, and then waits for it in vain."""
 
 
 class ServerFailed(DSparkError):
@@ -206,9 +206,9 @@ class TritonServer:
             if requests_in_flight(self.metrics_url) != 0:
                 busy = now
             if now - start >= limit:
-                return self.kill()
-            if now - busy >= IDLE_SECS:
-                return self.kill(Ending.ENDED_IDLE)
+                self.kill()
+            elif now - busy >= IDLE_SECS:
+                self.kill(Ending.ENDED_IDLE)
 
     def _ended(self, code: int) -> Exit:
         if self._killed is not None:

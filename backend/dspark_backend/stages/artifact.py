@@ -177,6 +177,10 @@ def check_pair(drafter: DrafterArtifact, verifier: VerifierArtifact) -> None:
         )
 
 
+_JSON_TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool, "dict": dict, "tuple": list}
+"""Type in the dataclass -> type in JSON, for fields that cannot be null."""
+
+
 def _load(directory: Path, kind: type[Artifact], hint: str) -> Artifact:
     path = directory / STAGE_FILE
     name = str(kind.__dataclass_fields__["kind"].default)
@@ -196,7 +200,15 @@ def _load(directory: Path, kind: type[Artifact], hint: str) -> Artifact:
     names = {field.name for field in fields(kind)}
     if missing := names - raw.keys():
         raise ArtifactError(f"{path}: expected the keys {', '.join(sorted(missing))}, which are missing; {hint}")
-    artifact = kind(**{key: _value(key, raw[key]) for key in names})
+    for field in fields(kind):
+        wanted = _JSON_TYPES.get(str(field.type).split("[")[0], object)
+        # bool is an int to Python, but no size.
+        if not isinstance(raw[field.name], wanted) or (wanted is int and isinstance(raw[field.name], bool)):
+            raise ArtifactError(f"{path}: {field.name}: expected {wanted.__name__}, got {raw[field.name]!r}; {hint}")
+    try:
+        artifact = kind(**{key: _value(key, raw[key]) for key in names})
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: a tensor's location is incomplete ({error!r}); {hint}") from error
     for file_name, size in artifact.files.items():
         file = directory / file_name
         if not file.is_file():

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dspark_backend.cost import CostModel, StepCurve
@@ -17,6 +16,7 @@ from dspark_backend.profile_grid import ProfilePlan
 from dspark_backend.profiling import measure
 from dspark_backend.stages.onnxruntime_drafter import OnnxRuntimeDrafter
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
+from dspark_export.commands.progress import progress_bar
 from dspark_export.cost_plot import draw_cost
 
 _PLAN = ProfilePlan()
@@ -86,18 +86,10 @@ def _cells(model: CostModel, curve: StepCurve) -> list[str]:
         tokens = curve.num_requests * each
         # Without drafts to verify the drafter does not run.
         whole = seconds + (draft if each > 1 else 0.0)
-        cells.append(f"{tokens}: {1e3 * seconds:.2f} ms, {tokens / whole:.0f}/s")
+        cells.append(f"{tokens}: {1e3 * seconds:.2f} ms\n{tokens / whole:.0f}/s")
     return cells
 
 
 def _measure(target: OnnxRuntimeVerifier, draft: OnnxRuntimeDrafter | None, plan: ProfilePlan) -> CostModel:
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("warm up", total=1.0)
-        return measure(
-            target,
-            draft,
-            plan,
-            lambda stage, done: progress.update(task, description=stage, completed=done, refresh=True),
-        )
+    with progress_bar("warm up") as progress:
+        return measure(target, draft, plan, progress)

@@ -138,7 +138,10 @@ def save_graph(
     )
     for value, tensor in zip(own, stored, strict=True):
         value.const_value = tensor
-    ir.save(model, directory / name)
+    try:
+        ir.save(model, directory / name)
+    except ir.serde.SerdeError as error:
+        raise _own_error(error) from error
     names = {dtype: spelling for spelling, dtype in _STORAGE.items()}
     return {
         tensor.name: TensorLocation(
@@ -147,6 +150,14 @@ def save_graph(
         for tensor in stored
         if tensor.name is not None and tensor.dtype in names
     }
+
+
+def _own_error(error: BaseException) -> BaseException:
+    """What one of our lazy tensors raised, from inside the library's wrappers; else the error itself."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, ExportError):
+        found = found.__cause__
+    return found or error
 
 
 def graph_input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

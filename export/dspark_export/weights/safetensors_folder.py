@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from dspark_export.errors import ExportError
 
 _INDEX = "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16", "F64")
+_DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I32")
+"""Integers for vocabulary tables (d2t)."""
 
 
 class SafetensorsFolder:
@@ -47,7 +48,7 @@ class SafetensorsFolder:
         index = self._folder / _INDEX
         if index.is_file():
             try:
-                weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ExportError(
                     f"{index}: expected JSON with a weight_map, got {error!r}; download it again"

@@ -1,0 +1,261 @@
+"""Drafting and scheduling of a round: which requests draft, what, and how deep each is verified.
+
+Also feeds the drafter's context: target features of committed positions wait here, per sequence, until a block is
+drafted behind them or enough of them have gathered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dspark_backend.acceptance import Proposal
+from dspark_backend.calibration import Calibration, OnlineCalibration
+from dspark_backend.cost import CostModel
+from dspark_backend.cost_tracker import CostTracker
+from dspark_backend.draft_state import Survival
+from dspark_backend.metrics import EngineMetrics
+from dspark_backend.rng import Purpose
+from dspark_backend.scheduling import Causal, DepthPolicy, DraftRound, Lagged
+from dspark_backend.sequence import SequenceState
+from dspark_backend.stages.batch import FloatArray, IntArray
+from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput
+from dspark_backend.stages.protocol import DrafterStage
+from dspark_backend.verification import NO_DRAFTS, VerifiedDrafts
+
+_FLUSH_ROWS = 256
+"""Context rows of a sequence that may wait; more go to the drafter at once, so that memory stays flat."""
+_PROBE_EVERY = 24
+"""Rounds after which a sequence drafts again although it did not seem to pay: acceptance changes along a text."""
+_MEMORY = 0.8
+"""Weight of the past in a sequence's running survival."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one sequence brings into a verification step."""
+
+    drafts: VerifiedDrafts = NO_DRAFTS
+    drafted: int = 0
+    """Tokens the drafter proposed, verified or not."""
+    survival: Survival | None = None
+    """[g]: calibrated probability that drafts 1 .. k all stand."""
+    confidence_logits: FloatArray | None = None
+    """[g]: as the drafter gave them."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """The plan of one verification step."""
+
+    blocks: list[Block]
+    """One a sequence."""
+    predicted_seconds: float
+    """Of the verification step; 0 where no cost curve is known."""
+
+
+class Speculator:
+    """Owns the drafter's side of the engine. Single-threaded, as the engine is."""
+
+    def __init__(
+        self, drafter: DrafterStage, calibration: Calibration, cost: CostModel, metrics: EngineMetrics
+    ) -> None:
+        self._drafter = drafter
+        self._calibration = calibration
+        self._cost = cost
+        self._metrics = metrics
+        self._prior: Survival | None = None
+        self._online = OnlineCalibration(drafter.artifact.block_size)
+        self._verify_tracker = CostTracker()
+        self._draft_tracker = CostTracker()
+        self.block_size = drafter.artifact.block_size
+
+    def feed(self, sequence: SequenceState, features: FloatArray) -> None:
+        """Take the features [n, F] of positions that were just committed to the target's cache."""
+        if not sequence.prepared.policy.drafts:
+            return
+        sequence.draft.pending.append(features)
+        if sequence.draft.pending_rows > _FLUSH_ROWS:
+            self._drafter.commit_context(self._take_context([sequence]))
+
+    def plan(self, running: Sequence[SequenceState], capacity: int) -> Round:
+        """Draft where it pays, and choose depths. The drafter's cache is brought up to date for those that draft."""
+        count = len(running)
+        blocks = [Block()] * count
+        limits = self._limits(running)
+        chosen = self._worth_drafting(running, limits, capacity)
+        for row, sequence in enumerate(running):
+            sequence.draft.idle_rounds = 0 if row in chosen else sequence.draft.idle_rounds + 1
+        if chosen:
+            drafting = [running[row] for row in chosen]
+            output = self._draft(drafting, capacity)
+            sampled = np.array([not sequence.prepared.request.sampling.greedy for sequence in drafting])
+            survival = self._calibration.survival(output.confidence_logits, sampled)
+            depths = self._depths(drafting, survival, limits[chosen], count, capacity)
+            for place, row in enumerate(chosen):
+                blocks[row] = self._block(running[row], output, place, int(depths[place]), survival[place])
+            self._remember(drafting, survival)
+        verified = sum(len(block.drafts.tokens) for block in blocks)
+        seconds = float(self._cost.verify_seconds(count, np.array([count + verified]), capacity)[0])
+        return Round(blocks, seconds)
+
+    def learn(self, sequence: SequenceState, block: Block, accepted: int) -> None:
+        """What became of a block that was drafted."""
+        verified = len(block.drafts.tokens)
+        state = sequence.draft
+        state.drafted_tokens += block.drafted
+        state.verified_tokens += verified
+        state.accepted_tokens += accepted
+        self._metrics.count_block(block.drafted, verified, accepted)
+        if block.survival is not None:
+            self._online.update(block.survival[None], np.array([verified]), np.array([accepted]))
+            self._metrics.spec_decode_calibration_error.value = self._online.error
+
+    def track(self, planned: Round, seconds: float) -> None:
+        """What a verification step really took, and what the scheduler asked of it."""
+        drafted = sum(block.drafted for block in planned.blocks)
+        verified = sum(len(block.drafts.tokens) for block in planned.blocks)
+        self._metrics.spec_decode_verify_budget.value = verified
+        self._metrics.spec_decode_trim_ratio.value = 1.0 - verified / drafted if drafted else 0.0
+        self._metrics.predicted_step_seconds_total.add(planned.predicted_seconds)
+        self._verify_tracker.update(planned.predicted_seconds, seconds)
+        self._metrics.cost_model_error.value = self._verify_tracker.mean_relative_error
+
+    def _limits(self, running: Sequence[SequenceState]) -> IntArray:
+        """Most drafts worth verifying: the last token of an answer needs no draft behind it."""
+        limits = []
+        for sequence in running:
+            prepared = sequence.prepared
+            most = prepared.max_tokens - sequence.context.output_length - 1
+            cap = prepared.request.max_draft_tokens
+            if not prepared.policy.drafts:
+                most = 0
+            limits.append(max(0, min(most, self.block_size, self.block_size if cap is None else cap)))
+        return np.array(limits, dtype=np.int64)
+
+    def _worth_drafting(self, running: Sequence[SequenceState], limits: IntArray, capacity: int) -> list[int]:
+        """Rows that draft: the static policies always, the adaptive ones where the expected gain covers the cost."""
+        able: list[int] = np.flatnonzero(limits > 0).tolist()
+        static = [row for row in able if not isinstance(running[row].prepared.policy, Causal | Lagged)]
+        adaptive = [row for row in able if isinstance(running[row].prepared.policy, Causal | Lagged)]
+        if not adaptive or self._pays([running[row] for row in adaptive], limits[adaptive], len(running), capacity):
+            return able
+        probing = [row for row in adaptive if running[row].draft.idle_rounds >= _PROBE_EVERY]
+        self._metrics.spec_decode_drafter_skips_total.add(len(adaptive) - len(probing))
+        return sorted(static + probing)
+
+    def _pays(self, drafting: Sequence[SequenceState], limits: IntArray, count: int, capacity: int) -> bool:
+        """Whether tokens a second are expected to rise by drafting, judged by earlier rounds alone."""
+        expected = [
+            sequence.draft.expected if sequence.draft.expected is not None else self._prior for sequence in drafting
+        ]
+        if any(curve is None for curve in expected):
+            return True  # nothing is known yet: find out
+        survival = np.array(expected)
+        seconds = self._seconds(count, len(drafting), int(limits.sum()), capacity)
+        draft_round = DraftRound(survival, survival, limits, seconds, count)
+        # What was learned in earlier rounds cannot leak a token of this one: the free search is allowed here.
+        depths = Lagged().depths(draft_round)
+        verified = int(depths.sum())
+        gain = sum(float(curve[:depth].sum()) for curve, depth in zip(survival, depths, strict=True))
+        without = float(self._seconds(count, 0, 0, capacity)[0])
+        return (count + gain) / float(seconds[verified]) > count / without
+
+    def _seconds(self, count: int, drafting: int, most: int, capacity: int) -> Survival:
+        """Time of a round of ``count`` requests in which k drafts are verified: float64 [most + 1], by k."""
+        verify = self._cost.verify_seconds(count, count + np.arange(most + 1), capacity)
+        draft = self._cost.draft_seconds(drafting, capacity)
+        return verify * self._verify_tracker.scale + draft * self._draft_tracker.scale
+
+    def _draft(self, drafting: Sequence[SequenceState], capacity: int) -> DraftOutput:
+        params = [sequence.prepared.request.sampling for sequence in drafting]
+        candidates = self._drafter.artifact.num_candidates
+        uniforms = np.zeros((len(drafting), self.block_size), dtype=np.float32)
+        for row, sequence in enumerate(drafting):
+            if not params[row].greedy:
+                uniforms[row] = sequence.rng.uniforms(Purpose.DRAFT, self.block_size, np.float32)
+        top_k = [1 if one.greedy else one.top_k if one.top_k > 0 else candidates for one in params]
+        begin = time.perf_counter()
+        output = self._drafter.draft(
+            DraftBatch(
+                context=self._take_context(drafting),
+                anchors=np.array([sequence.anchor for sequence in drafting], dtype=np.int64),
+                slots=np.array([sequence.held_slot.index for sequence in drafting], dtype=np.int64),
+                starts=np.array([sequence.held_slot.length for sequence in drafting], dtype=np.int64),
+                uniforms=uniforms,
+                temperature=np.array([1.0 if one.greedy else one.temperature for one in params], dtype=np.float32),
+                top_k=np.minimum(np.array(top_k, dtype=np.int64), candidates),
+                top_p=np.array([one.top_p for one in params], dtype=np.float32),
+                min_p=np.array([one.min_p for one in params], dtype=np.float32),
+            )
+        )
+        seconds = time.perf_counter() - begin
+        self._metrics.spec_decode_draft_seconds_total.add(seconds)
+        self._draft_tracker.update(self._cost.draft_seconds(len(drafting), capacity), seconds)
+        return output
+
+    def _take_context(self, sequences: Sequence[SequenceState]) -> ContextRows:
+        """All waiting rows of some sequences; they count as cached from here on."""
+        features, positions, slots = [], [], []
+        for sequence in sequences:
+            state, slot = sequence.draft, sequence.held_slot
+            rows = state.pending_rows
+            features += state.pending
+            positions.append(np.arange(state.context_length, state.context_length + rows, dtype=np.int64))
+            slots.append(np.full(rows, slot.index, dtype=np.int64))
+            state.pending = []
+            state.context_length += rows
+            slot.context_length = state.context_length
+        return ContextRows(np.concatenate(features), np.concatenate(positions), np.concatenate(slots))
+
+    def _depths(
+        self, drafting: Sequence[SequenceState], survival: Survival, limits: IntArray, count: int, capacity: int
+    ) -> IntArray:
+        """Depth of every drafting sequence, int64 [n]. Policies that look at nobody else go first."""
+        depths = np.zeros(len(drafting), dtype=np.int64)
+        groups: dict[DepthPolicy, list[int]] = {}
+        for row, sequence in enumerate(drafting):
+            groups.setdefault(sequence.prepared.policy, []).append(row)
+        seconds = self._seconds(count, len(drafting), int(limits.sum()), capacity)
+        spent, gained = 0, 0.0
+        for policy, rows in sorted(groups.items(), key=lambda item: isinstance(item[0], Causal | Lagged)):
+            lagged = np.array([self._lagged(drafting[row]) for row in rows])
+            draft_round = DraftRound(survival[rows], lagged, limits[rows], seconds[spent:], count + gained)
+            depths[rows] = policy.depths(draft_round)
+            spent += int(depths[rows].sum())
+            gained += sum(float(survival[row, : depths[row]].sum()) for row in rows)
+        return depths
+
+    def _lagged(self, sequence: SequenceState) -> Survival:
+        """Survival of two rounds ago; before that the mean over everybody, and at the very start an even chance."""
+        recent = sequence.draft.recent
+        if len(recent) == 2:
+            return recent[0]
+        return self._prior if self._prior is not None else 0.5 ** np.arange(1, self.block_size + 1)
+
+    def _block(self, sequence: SequenceState, output: DraftOutput, place: int, depth: int, survival: Survival) -> Block:
+        proposals: tuple[Proposal, ...] = ()
+        if not sequence.prepared.request.sampling.greedy:
+            proposals = tuple(
+                Proposal(output.candidates[place, slot], output.probabilities[place, slot]) for slot in range(depth)
+            )
+        return Block(
+            drafts=VerifiedDrafts(tuple(output.tokens[place, :depth].tolist()), proposals),
+            drafted=self.block_size,
+            survival=survival,
+            confidence_logits=output.confidence_logits[place],
+        )
+
+    def _remember(self, drafting: Sequence[SequenceState], survival: Survival) -> None:
+        for sequence, curve in zip(drafting, survival, strict=True):
+            state = sequence.draft
+            state.recent.append(curve)
+            state.expected = _blend(state.expected, curve)
+            self._prior = _blend(self._prior, curve)
+
+
+def _blend(past: Survival | None, now: Survival) -> Survival:
+    return now if past is None else _MEMORY * past + (1 - _MEMORY) * now

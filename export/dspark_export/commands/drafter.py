@@ -1,0 +1,30 @@
+"""``dspark-export drafter``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dspark_export.commands.progress import console, progress_bar
+from dspark_export.drafter import DrafterExport, export_drafter
+
+
+def drafter(
+    checkpoint: Annotated[Path, typer.Option(help="Folder of a DSpark drafter: config.json and safetensors.")],
+    verifier: Annotated[Path, typer.Option(help="Artifact directory of the verifier it was made for.")],
+    out: Annotated[Path, typer.Option(help="Artifact directory, such as model_repository/drafter/1.")],
+    dtype: Annotated[str, typer.Option(help="Storage of the weights: float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Export a drafter for an exported verifier."""
+    options = DrafterExport(checkpoint, verifier, out, dtype)
+    with progress_bar("read the checkpoint") as progress:
+        artifact = export_drafter(options, progress)
+    size = sum(artifact.files.values()) / 2**20
+    console.print(
+        f"{artifact.markov_head} head, block {artifact.block_size}, {artifact.num_layers} layers, "
+        f"{artifact.draft_vocab_size} of {artifact.vocab_size} tokens: {size:.0f} MiB in {out}",
+        highlight=False,
+        soft_wrap=True,
+    )

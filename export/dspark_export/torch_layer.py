@@ -1,0 +1,121 @@
+"""A layer of the torch drafter: attention over context rows and the block itself, and an MLP.
+
+T context rows, A blocks of g slots, Hq query heads, Hkv key/value heads, D channels a head, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dspark_export.decoder import Attention, Decoder
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines of rotary positions, [..., 1, D] each: one for all heads, half-split layout."""
+
+    cosines: Tensor
+    sines: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> Rotation:
+        """For int64 ``positions`` of any shape."""
+        angles = positions[..., None].float() * inverse_frequencies.to(positions.device)
+        both = torch.cat([angles, angles], dim=-1)[..., None, :]
+        return cls(both.cos().to(dtype), both.sin().to(dtype))
+
+    def apply(self, heads: Tensor) -> Tensor:
+        """Rotate [..., heads, D]."""
+        low, high = heads.chunk(2, dim=-1)
+        return heads * self.cosines + torch.cat([-high, low], dim=-1) * self.sines
+
+
+@dataclass(frozen=True)
+class ContextKeys:
+    """The committed rows, from which every layer takes keys and values."""
+
+    context: Tensor
+    """[T, H]: c = RMSNorm(fc(features)); no layer norms it again."""
+    rotation: Rotation
+    visible: Tensor
+    """bool [A, T]: rows that a block may look at."""
+
+
+class DrafterAttention(nn.Module):
+    """Grouped-query attention of block slots over context rows and, in both directions, their own block."""
+
+    def __init__(self, hidden_size: int, attention: Attention, norm_eps: float) -> None:
+        super().__init__()
+        self._shape = attention
+        queries = attention.num_heads * attention.head_dim
+        keys = attention.num_kv_heads * attention.head_dim
+        self.q_proj = nn.Linear(hidden_size, queries, bias=attention.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, keys, bias=attention.qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, keys, bias=attention.qkv_bias)
+        self.o_proj = nn.Linear(queries, hidden_size, bias=attention.output_bias)
+        if attention.qk_norm:
+            self.q_norm: nn.Module = nn.RMSNorm(attention.head_dim, norm_eps)
+            self.k_norm: nn.Module = nn.RMSNorm(attention.head_dim, norm_eps)
+        else:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """[..., heads * D] -> [..., heads, D]"""
+        dim = self._shape.head_dim
+        return projected.reshape(*projected.shape[:-1], projected.shape[-1] // dim, dim)
+
+    def _keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """[..., Hkv, D] each."""
+        return rotation.apply(self.k_norm(self._heads(self.k_proj(x)))), self._heads(self.v_proj(x))
+
+    def forward(self, x: Tensor, rotation: Rotation, keys: ContextKeys) -> Tensor:
+        """[A, g, H] -> [A, g, H]."""
+        query = rotation.apply(self.q_norm(self._heads(self.q_proj(x))))
+        query = query.reshape(*x.shape[:2], self._shape.num_kv_heads, self._shape.group, self._shape.head_dim)
+        context_key, context_value = self._keys_values(keys.context, keys.rotation)
+        block_key, block_value = self._keys_values(x, rotation)
+        # Two products instead of one with a mask: blocks never see each other, and there may be hundreds of them.
+        on_context = torch.einsum("aqhnd,thd->ahnqt", query, context_key)
+        on_context = on_context.masked_fill(~keys.visible[:, None, None, None, :], float("-inf"))
+        on_block = torch.einsum("aqhnd,akhd->ahnqk", query, block_key)
+        scores = torch.cat([on_context, on_block], dim=-1) * self._shape.scale
+        weights, length = scores.softmax(dim=-1), len(keys.context)
+        mixed = torch.einsum("ahnqt,thd->aqhnd", weights[..., :length], context_value)
+        mixed = mixed + torch.einsum("ahnqk,akhd->aqhnd", weights[..., length:], block_value)
+        projected: Tensor = self.o_proj(mixed.flatten(2))
+        return projected
+
+
+class DrafterMlp(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        hidden, inner = decoder.hidden_size, decoder.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=decoder.mlp_bias)
+        self.up_proj = nn.Linear(hidden, inner, bias=decoder.mlp_bias)
+        self.down_proj = nn.Linear(inner, hidden, bias=decoder.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return mixed
+
+
+class DrafterLayer(nn.Module):
+    """Pre-norm attention and MLP, both residual."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(decoder.hidden_size, decoder.norm_eps)
+        self.self_attn = DrafterAttention(decoder.hidden_size, decoder.attention, decoder.norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(decoder.hidden_size, decoder.norm_eps)
+        self.mlp = DrafterMlp(decoder)
+
+    def forward(self, x: Tensor, rotation: Rotation, keys: ContextKeys) -> Tensor:
+        """[A, g, H] -> [A, g, H]."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, keys)
+        mixed: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return mixed
