@@ -90,7 +90,7 @@ class EngineConfig:
         check("prefill_chunk_busy", 1 <= self.prefill_chunk_busy <= 65536, "1 to 65536")
         check("max_prompt_bytes", self.max_prompt_bytes >= 0, "0 or more")
         check("threads", 0 <= self.threads <= 1024, "0 to 1024")
-        check("metrics_interval_ms", self.metrics_interval_ms >= 10, "at least 10")
+        check("metrics_interval_ms", 10 <= self.metrics_interval_ms <= 2000, "10 to 2000")
 
     @property
     def depth_policy(self) -> DepthPolicy:

@@ -7,17 +7,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dspark_backend.calibration import Calibration
 from dspark_backend.config import EngineConfig
-from dspark_backend.cost import CostModel
 from dspark_backend.errors import DSparkError, InternalError, NotFinite
 from dspark_backend.kv_cache import KvCache
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.roster import SEE_LOG, Roster
 from dspark_backend.sequence import RequestState, SequenceState
-from dspark_backend.speculation import Block, Round, Speculator
+from dspark_backend.speculation import Block, Drafting, Round, Speculator
 from dspark_backend.stages.batch import Segment, StepBatch, StepOutput
-from dspark_backend.stages.protocol import DrafterStage, VerifierStage
+from dspark_backend.stages.protocol import VerifierStage
 from dspark_backend.telemetry import RoundObserver, RoundRecord
 from dspark_backend.tokenizer import Tokenizer
 from dspark_backend.verification import take_tokens
@@ -25,15 +23,6 @@ from dspark_backend.verification import take_tokens
 logger = logging.getLogger(__name__)
 
 _MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Drafting:
-    """What speculation needs beside the verifier."""
-
-    drafter: DrafterStage
-    calibration: Calibration
-    cost: CostModel
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,7 @@ class Engine:
         self.roster = Roster(self.cache, tokenizer, self.metrics)
         self._speculator: Speculator | None = None
         if drafting:
-            self._speculator = Speculator(drafting.drafter, drafting.calibration, drafting.cost, self.metrics)
+            self._speculator = Speculator(drafting, self.metrics)
 
     @property
     def idle(self) -> bool:
@@ -173,7 +162,9 @@ class Engine:
         except Exception as error:  # whatever the runtime raises must not end the engine
             logger.exception("the drafter failed")
             for sequence in running:
-                if sequence.prepared.policy.drafts:
+                if sequence.prepared.policy.drafts and sequence.slot is not None:
+                    # Rows that were on their way may not have arrived: nobody may reuse them.
+                    sequence.slot.context_length = 0
                     self.roster.fail(sequence.state, InternalError(f"the drafter failed: {error}"))
             return plain
 

@@ -10,13 +10,14 @@ from collections import deque
 from dspark_backend.calibration import load_calibration
 from dspark_backend.config import EngineConfig
 from dspark_backend.cost_cache import CostCache, default_cache_directory, fingerprint, load_or_measure
-from dspark_backend.engine import Drafting, Engine
+from dspark_backend.engine import Engine
 from dspark_backend.errors import QueueFull
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.preparation import Preparer
 from dspark_backend.profile_grid import ProfilePlan
 from dspark_backend.request import GenerationRequest
 from dspark_backend.sequence import RequestState, Sink
+from dspark_backend.speculation import Drafting
 from dspark_backend.stages.artifact import VerifierArtifact
 from dspark_backend.stages.onnxruntime_drafter import OnnxRuntimeDrafter
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
@@ -179,4 +180,4 @@ def load_drafting(config: EngineConfig, verifier: OnnxRuntimeVerifier) -> Drafti
         logger.info("cost model: %s, %.0f%%", what, 100 * done)
 
     cost = load_or_measure(cache, verifier, drafter, plan, log_progress)
-    return Drafting(drafter, calibration, cost)
+    return Drafting(drafter, calibration, cost, cache)

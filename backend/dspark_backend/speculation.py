@@ -6,6 +6,7 @@ drafted behind them or enough of them have gathered.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 from dspark_backend.acceptance import Proposal
 from dspark_backend.calibration import Calibration, OnlineCalibration
 from dspark_backend.cost import CostModel
+from dspark_backend.cost_cache import CostCache
 from dspark_backend.cost_tracker import CostTracker
 from dspark_backend.draft_state import Survival
 from dspark_backend.metrics import EngineMetrics
@@ -26,12 +28,25 @@ from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutp
 from dspark_backend.stages.protocol import DrafterStage
 from dspark_backend.verification import NO_DRAFTS, VerifiedDrafts
 
+logger = logging.getLogger(__name__)
+
 _FLUSH_ROWS = 256
 """Context rows of a sequence that may wait; more go to the drafter at once, so that memory stays flat."""
 _PROBE_EVERY = 24
 """Rounds after which a sequence drafts again although it did not seem to pay: acceptance changes along a text."""
 _MEMORY = 0.8
 """Weight of the past in a sequence's running survival."""
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What speculation needs beside the verifier."""
+
+    drafter: DrafterStage
+    calibration: Calibration
+    cost: CostModel
+    cost_cache: CostCache | None = None
+    """Where ``cost`` is kept: told to forget it when it proves wrong."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +75,11 @@ class Round:
 class Speculator:
     """Owns the drafter's side of the engine. Single-threaded, as the engine is."""
 
-    def __init__(
-        self, drafter: DrafterStage, calibration: Calibration, cost: CostModel, metrics: EngineMetrics
-    ) -> None:
-        self._drafter = drafter
-        self._calibration = calibration
-        self._cost = cost
+    def __init__(self, drafting: Drafting, metrics: EngineMetrics) -> None:
+        self._drafter = drafter = drafting.drafter
+        self._calibration = drafting.calibration
+        self._cost = drafting.cost
+        self._cost_cache = drafting.cost_cache
         self._metrics = metrics
         self._prior: Survival | None = None
         self._online = OnlineCalibration(drafter.artifact.block_size)
@@ -123,6 +137,13 @@ class Speculator:
         self._metrics.predicted_step_seconds_total.add(planned.predicted_seconds)
         self._verify_tracker.update(planned.predicted_seconds, seconds)
         self._metrics.cost_model_error.value = self._verify_tracker.mean_relative_error
+        if self._cost_cache is not None and self._verify_tracker.is_stale():
+            logger.warning(
+                "verification steps take %.1f times what was measured at an earlier load; the next load measures again",
+                self._verify_tracker.scale,
+            )
+            self._cost_cache.invalidate()
+            self._cost_cache = None
 
     def _limits(self, running: Sequence[SequenceState]) -> IntArray:
         """Most drafts worth verifying: the last token of an answer needs no draft behind it."""

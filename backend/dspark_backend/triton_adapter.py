@@ -51,9 +51,9 @@ def triton_error(error: DSparkError) -> Any:
 
 
 def read_parameters(args: dict[str, str]) -> dict[str, str]:
-    """The ``parameters`` of config.pbtxt."""
+    """The ``parameters`` of config.pbtxt, but for those of Triton's own Python backend, which are in capitals."""
     parameters = json.loads(args["model_config"]).get("parameters", {})
-    return {key: entry["string_value"] for key, entry in parameters.items()}
+    return {key: entry["string_value"] for key, entry in parameters.items() if not key.isupper()}
 
 
 def model_folder(args: dict[str, str]) -> Path:

@@ -20,7 +20,7 @@ def draw_cost(model: CostModel, path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ExportError(
-            "--plot: expected matplotlib, which is not installed; pip install 'dspark-triton[export]'"
+            "--plot: expected matplotlib, which is not installed; pip install 'dspark-triton[plot]'"
         ) from error
     capacities = sorted({curve.capacity for curve in model.verify})
     figure = Figure(figsize=(5.0 * len(capacities), 4.0), layout="constrained")

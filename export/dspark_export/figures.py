@@ -114,7 +114,7 @@ def _figure(png: Path, size: tuple[float, float], rows: int, columns: int) -> It
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ExportError(
-            "drawing figures needs matplotlib, which is not installed; run: pip install matplotlib"
+            "drawing figures needs matplotlib, which is not installed; run: pip install 'dspark-triton[plot]'"
         ) from error
     figure = Figure(figsize=size, layout="constrained")
     # The canvas is named, so that no display and no global state of matplotlib is involved.

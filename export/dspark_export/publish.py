@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -24,9 +25,22 @@ def published(out: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as scratch:
         work = Path(scratch)
         yield work
-        (out / STAGE_FILE).unlink(missing_ok=True)
+        _clear(out)
         for file in sorted(work.iterdir(), key=lambda file: file.name == STAGE_FILE):
             shutil.move(file, out / file.name)
+
+
+def _clear(out: Path) -> None:
+    """Remove what an earlier export left: stage.json first, then the files it names."""
+    stage = out / STAGE_FILE
+    try:
+        named = json.loads(stage.read_text(encoding="utf-8"))["files"]
+        old = [out / name for name in named if Path(name).name == name]
+    except (OSError, ValueError, KeyError, TypeError):
+        old = []  # none, or not ours to judge
+    stage.unlink(missing_ok=True)
+    for file in old:
+        file.unlink(missing_ok=True)
 
 
 def tool_versions() -> dict[str, str]:

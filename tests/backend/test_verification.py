@@ -207,11 +207,9 @@ def test_greedy_speculation_changes_no_token(decoding):
 def test_bad_words_look_at_the_drafts_before_them():
     mask = TokenMask(BadWords(((1, 2),)))
     state = sequence(mask=mask)
-    logits = logits_for(1, 2, 3)
-    assert take(state, logits, 1, 2) == 1
+    assert take(state, logits_for(1, 2, 3), 1, 2) == 1
     assert output(state) == [1, EOS], "the best token but the forbidden one"
-    again = sequence(mask=mask)
-    assert take(again, logits_for(3, 2, 3), 3, 2) == 2
+    assert take(sequence(mask=mask), logits_for(3, 2, 3), 3, 2) == 2
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, replace(SAMPLED, top_k=2, presence_penalty=1.5)])
@@ -224,13 +222,6 @@ def test_log_probs_are_the_targets_own_one_a_token(sampling):
     expected = [float(log_probability(row, token)) for row, token in zip(logits, delta.token_ids, strict=False)]
     assert len(delta.log_probs) == len(delta.token_ids)
     assert list(delta.log_probs) == expected
-
-
-def test_nobody_asked_for_log_probs():
-    state = sequence()
-    take(state, logits_for(1, 2), 1)
-    delta = state.take_delta()
-    assert delta is not None and delta.log_probs == ()
 
 
 class CountingStreams(RngStreams):
@@ -277,18 +268,6 @@ def test_greedy_uses_no_random_numbers():
         state.rng = streams = CountingStreams(7)
         take(state, logits_for(1, 2, 3), 1, 0)
         assert streams.asked == []
-
-
-def test_the_draws_of_a_request_without_drafts_do_not_depend_on_speculation_elsewhere():
-    """A seed means the same tokens, however many other sequences decode."""
-    rows = [logits_for(token) for token in (1, 2, 3, 4)]
-    alone, among = sequence(SAMPLED), sequence(SAMPLED)
-    other = sequence(SAMPLED)
-    for logits in rows:
-        take(alone, logits)
-        take(other, np.concatenate([logits, logits]), 1, proposals=(flat(),))
-        take(among, logits)
-    assert output(alone) == output(among)
 
 
 def test_a_sampled_draft_without_its_proposal_is_refused():

@@ -201,7 +201,6 @@ def coloured(pixels):
 
 
 def test_the_reliability_diagram(tmp_path):
-    pytest.importorskip("matplotlib")
     records = synthetic((3.0, 3.0, 3.0), 3000) + synthetic((0.5,) * 3, 3000, True, 1, 20)
     report = calibrate(RoundTable.of(records), HASH)
     both, one = tmp_path / "new" / "both.png", tmp_path / "greedy.png"
@@ -215,7 +214,6 @@ def test_the_reliability_diagram(tmp_path):
 
 
 def test_the_conditional_acceptance_figure(tmp_path):
-    pytest.importorskip("matplotlib")
     rows = conditional_acceptance(RoundTable.of(synthetic((1.0,) * 5, 500)))
     never = conditional_acceptance(RoundTable.of([record(5, 0, logits=(0.0,) * 5)]))
     draw_conditional_acceptance(tmp_path / "one.png", {"math": rows})
@@ -227,7 +225,6 @@ def test_the_conditional_acceptance_figure(tmp_path):
 
 
 def test_the_threshold_figure(tmp_path):
-    pytest.importorskip("matplotlib")
     rows = threshold_sweep(RoundTable.of(synthetic((1.0,) * 5, 500)), Calibration.identity(5))
     draw_threshold_sweep(tmp_path / "sweep.png", rows)
     assert coloured(image(tmp_path / "sweep.png")) > 800
@@ -240,5 +237,5 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypat
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     rows = threshold_sweep(RoundTable.of([record(3, 1)]), Calibration.identity(3))
-    with pytest.raises(ExportError, match="pip install matplotlib"):
+    with pytest.raises(ExportError, match="dspark-triton\[plot\]"):
         draw_threshold_sweep(tmp_path / "sweep.png", rows)

@@ -115,7 +115,7 @@ def test_damaged_artifacts(attempt, make_repository, set_parameters):
     repository = make_repository("tiny")
     stage = json.loads((repository / "verifier" / "1" / "stage.json").read_text())
     with_tokenizer = stage | {"files": stage["files"] | {"tokenizer.json": 1000}}
-    # A budget of 1 MiB, the least that can be set, holds any model small enough for a test: this one claims to be large.
+    # A budget of 1 MiB, the least that can be set, holds any model small enough for a test: this one claims more.
     large = stage | {"num_layers": 100_000 * stage["num_layers"]}
     # Name of the case: description, file that is added, what the log must say.
     cases: dict[str, tuple[str | None, Mapping[str, bytes], str]] = {
@@ -150,7 +150,8 @@ def test_wrong_parameters(attempt, make_repository, set_parameters):
         "unknown": ({"max_slot": "4"}, "max_slot: unknown parameter; expected one of"),
         "word": ({"max_slots": "many"}, "max_slots: expected an integer, got 'many'"),
         "zero": ({"max_slots": "0"}, "max_slots: expected 1 to 1024, got 0"),
-        "policy": ({"policy": "clever"}, "policy: expected one of"),
+        "policy": ({"policy": "clever"}, "TritonModelException: policy: expected off"),
+        "undrafted": ({"policy": "causal"}, "policy: expected off without a drafter, got 'causal'"),
         "flag": ({"prefix_reuse": "perhaps"}, "prefix_reuse: expected true or false, got 'perhaps'"),
         "empty": ({"verifier": ""}, "verifier: expected a path, got an empty string"),
         "nowhere": (

@@ -83,8 +83,12 @@ class Blocks:
     def rotate(
         self, value: ir.Value, heads: int, position_ids: ir.Value, rotation: tuple[ir.Value, ir.Value]
     ) -> ir.Value:
-        """Rotary embedding of [B, heads * D]; returns [1, B, heads * D]. ``position_ids`` is [1, B]."""
-        shaped = self.tape.reshape(value, (1, -1, heads * self.decoder.attention.head_dim))
+        """Rotary embedding of [B, heads * D]; returns [B, 1, heads * D]. ``position_ids`` is [B, 1].
+
+        Every token is a sequence of its own: the operator refuses sequences longer than its tables, and a step may hold
+        more tokens than the context.
+        """
+        shaped = self.tape.reshape(value, (-1, 1, heads * self.decoder.attention.head_dim))
         rotated: ir.Value = self.tape.op("RotaryEmbedding", shaped, position_ids, *rotation, domain=CONTRIB)
         return rotated
 

@@ -144,7 +144,7 @@ class DrafterGraph:
         if attention.qk_norm:
             norms = tuple(f"layers.{layer}.self_attn.k_norm.weight" for layer in range(layers))
             key = blocks.head_norm(key, norms, (kv_heads,) * layers)
-        positions = tape.op("Unsqueeze", self._context_positions, tape.constant([0]))
+        positions = tape.op("Unsqueeze", self._context_positions, tape.constant([1]))
         key = blocks.rotate(key, layers * kv_heads, positions, self._rotation)
         return _Context(
             keys=self._by_layer(tape.reshape(key, (-1, layers * kv_heads, dim))),

@@ -38,7 +38,7 @@ class RaggedLayout:
     """Indices shared by all layers."""
 
     position_ids: ir.Value
-    """[1, B]"""
+    """[B, 1]"""
     query_rows: ir.Value
     """[R, Hkv, G*Q]: row of ``qk`` viewed as [B * (Hq + Hkv), D] for every query."""
     key_rows: ir.Value
@@ -93,7 +93,7 @@ def ragged_layout(tape: GraphTape, inputs: RaggedInputs, attention: Attention, c
         bias = tape.op("Concat", *[bias] * group, axis=2)
 
     return RaggedLayout(
-        position_ids=tape.op("Unsqueeze", inputs.positions, tape.constant([0])),
+        position_ids=tape.op("Unsqueeze", inputs.positions, tape.constant([1])),
         query_rows=query_rows,
         key_rows=key_rows,
         cache_index=cache_index(tape, inputs.rows, inputs.positions, kv_heads),

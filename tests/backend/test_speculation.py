@@ -1,0 +1,270 @@
+"""The engine with a drafter: nothing changes but the number of steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import artifacts
+import numpy as np
+import pytest
+from engines import Driver, ids, mixed_requests, prompt
+from random_drafter import write_random_drafter
+from speculation import CHEAP, DEAR, POLICIES, SpeculatingDriver
+
+from dspark_backend.cost_cache import CostCache
+from dspark_backend.errors import InternalError, InvalidRequest
+from dspark_export.drafter import DrafterExport, export_drafter
+
+
+@pytest.fixture(scope="module")
+def golden_drafters(golden_artifacts, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("drafters")
+    for name, verifier in golden_artifacts.items():
+        checkpoint = artifacts.GOLDEN / name / "drafter"
+        export_drafter(DrafterExport(checkpoint, verifier, root / name), artifacts.silent)
+    return {name: root / name for name in golden_artifacts}
+
+
+@pytest.fixture
+def speculating(golden_artifacts, golden_drafters):
+    def make(name="qwen3_vanilla", **options):
+        return SpeculatingDriver(golden_artifacts[name], golden_drafters[name], **options)
+
+    return make
+
+
+def golden_request(name, max_tokens=60, **options):
+    golden = artifacts.golden_arrays(name)
+    return ids(*golden["prompt"].tolist(), max_tokens=max_tokens, **options), golden
+
+
+@pytest.mark.parametrize("name", artifacts.GOLDEN_NAMES)
+def test_accepted_counts_of_the_reference(speculating, name):
+    wanted, golden = golden_request(name)
+    driver = speculating(name, policy="fixed:64")
+    (sink,) = driver.run(wanted)
+    assert sink.tokens() == golden["greedy"].tolist()
+    expected = golden["e2e_accepted_per_round"].tolist()
+    assert [record.accepted for record in driver.records][: len(expected)] == expected
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", artifacts.GOLDEN_NAMES)
+def test_greedy_text_is_the_same_under_every_policy(speculating, name, policy):
+    wanted, golden = golden_request(name)
+    (sink,) = speculating(name, policy=policy).run(wanted)
+    assert sink.tokens() == golden["greedy"].tolist()
+    usage = sink.deltas[-1].usage
+    assert usage.accepted_draft_tokens <= usage.verified_draft_tokens <= usage.draft_tokens
+    assert usage.rounds == usage.output_tokens - 1 - usage.accepted_draft_tokens
+    if policy.startswith("fixed"):
+        assert usage.accepted_draft_tokens > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sixteen_at_once_mixed_with_sampled_ones(speculating, golden_artifacts, policy):
+    greedy = [ids(*prompt(index, 5 + 11 * index), max_tokens=8 + 2 * index) for index in range(8)]
+    sampled = [
+        ids(*prompt(50 + index, 9), max_tokens=20, temperature=0.5 + 0.2 * index, top_p=0.9, seed=index)
+        for index in range(8)
+    ]
+    expected = [sink.tokens() for sink in Driver(golden_artifacts["qwen3_vanilla"]).run(*greedy)]
+    mixture = [request for pair in zip(greedy, sampled, strict=True) for request in pair]
+    driver = speculating(policy=policy)
+    sinks = driver.run(*mixture)
+    assert [sink.tokens() for sink in sinks[::2]] == expected
+    assert all(len(sink.tokens()) == 20 for sink in sinks[1::2])
+    assert not driver.engine.cache.active
+
+
+def test_policies_of_requests_in_one_batch(speculating):
+    _, golden = golden_request("qwen3_vanilla")
+    requests = [golden_request("qwen3_vanilla", draft_policy=policy)[0] for policy in POLICIES]
+    requests.append(golden_request("qwen3_vanilla", max_draft_tokens=0)[0])
+    requests.append(golden_request("qwen3_vanilla", draft_policy="fixed:64", max_draft_tokens=2)[0])
+    driver = speculating()
+    sinks = driver.run(*requests)
+    assert all(sink.tokens() == golden["greedy"].tolist() for sink in sinks)
+    usages = [sink.deltas[-1].usage for sink in sinks]
+    assert usages[0].draft_tokens == usages[-2].draft_tokens == 0
+    assert usages[1].verified_draft_tokens <= usages[1].rounds
+    assert usages[-1].verified_draft_tokens <= 2 * usages[-1].rounds
+
+
+def test_sampled_requests_are_reproducible_alone_and_in_a_batch(speculating):
+    """The static policies look at nobody else, so a seed pins the tokens themselves."""
+    wanted = ids(*prompt(1, 12), max_tokens=30, temperature=0.9, seed=7, draft_policy="fixed:3")
+    alone = speculating().run(wanted)[0].tokens()
+    batch = speculating().run(wanted, *mixed_requests(), wanted)
+    assert batch[0].tokens() == batch[-1].tokens() == alone
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 256])
+def test_chunks_of_the_prompt_feed_the_drafter(speculating, chunk):
+    """The drafts themselves are equal, so the accepted counts are."""
+    wanted, _ = golden_request("qwen3_rnn")
+    counts = []
+    for size in (256, chunk):
+        driver = speculating("qwen3_rnn", policy="fixed:64", prefill_chunk=size, prefill_chunk_busy=size)
+        driver.run(wanted)
+        counts.append([record.accepted for record in driver.records])
+    assert counts[0] == counts[1] and sum(counts[0]) > 0
+
+
+def test_long_prompts_do_not_pile_up_features(speculating, monkeypatch):
+    driver = speculating(policy="fixed:2", prefill_chunk=100, prefill_chunk_busy=100)
+    commits = []
+    real = driver.drafter.commit_context
+    monkeypatch.setattr(driver.drafter, "commit_context", lambda rows: (commits.append(rows.num_rows), real(rows)))
+    (sink,) = driver.run(ids(*prompt(3, 400), max_tokens=10))
+    assert len(sink.tokens()) == 10 and sum(commits) >= 300
+
+
+def test_prefixes_are_reused_with_the_drafters_rows(speculating):
+    wanted, _ = golden_request("qwen3_vanilla", draft_policy="fixed:64")
+    driver = speculating()
+    first = driver.run(wanted)[0]
+    fresh = [record.accepted for record in driver.records]
+    driver.records.clear()
+    again = driver.run(wanted)[0]
+    assert again.tokens() == first.tokens()
+    assert driver.engine.metrics.prefix_cache_hit_tokens_total.value > 0
+    assert [record.accepted for record in driver.records] == fresh
+
+
+def test_rows_without_drafter_context_are_not_reused_by_one_that_drafts(speculating):
+    off, golden = golden_request("qwen3_vanilla", draft_policy="off")
+    drafting, _ = golden_request("qwen3_vanilla", draft_policy="fixed:64")
+    driver = speculating()
+    driver.run(off)
+    (sink,) = driver.run(drafting)
+    assert driver.engine.metrics.prefix_cache_hit_tokens_total.value == 0
+    expected = golden["e2e_accepted_per_round"].tolist()
+    assert [record.accepted for record in driver.records][: len(expected)] == expected
+    assert sink.tokens() == golden["greedy"].tolist()
+
+
+def test_sequences_of_one_request(speculating):
+    wanted, golden = golden_request("qwen3_gated", num_sequences=3, draft_policy="fixed:64")
+    (sink,) = speculating("qwen3_gated").run(wanted)
+    assert all(sink.tokens(index) == golden["greedy"].tolist() for index in range(3))
+
+
+def test_the_end_inside_an_accepted_prefix(speculating):
+    for length in range(1, 30):
+        wanted, golden = golden_request("qwen3_vanilla", max_tokens=length, draft_policy="fixed:64")
+        assert speculating().run(wanted)[0].tokens() == golden["greedy"][:length].tolist()
+
+
+def test_log_probs_are_the_targets(speculating, golden_artifacts):
+    wanted, _ = golden_request("qwen3_vanilla", log_probs=True)
+    plain = Driver(golden_artifacts["qwen3_vanilla"]).run(wanted)[0].log_probs()
+    assert speculating(policy="fixed:64").run(wanted)[0].log_probs() == plain
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.3},
+        {"presence_penalty": 0.8, "frequency_penalty": 0.4},
+    ],
+)
+def test_penalties_act_position_by_position(speculating, golden_artifacts, options):
+    wanted, _ = golden_request("qwen3_vanilla", **options)
+    plain = Driver(golden_artifacts["qwen3_vanilla"]).run(wanted)[0].tokens()
+    driver = speculating(policy="fixed:64")
+    assert driver.run(wanted)[0].tokens() == plain
+    assert sum(record.accepted for record in driver.records) > 0
+
+
+def test_context_filled_to_the_last_position(speculating):
+    driver = speculating(policy="fixed:64", max_context=64)
+    (sink,) = driver.run(ids(*prompt(5, 40), max_tokens=100))
+    assert len(sink.tokens()) == 24
+
+
+def test_the_drafter_is_skipped_where_it_does_not_pay(speculating):
+    wanted, golden = golden_request("qwen3_vanilla")
+    dear = speculating(cost=DEAR, policy="causal")
+    assert dear.run(wanted)[0].tokens() == golden["greedy"].tolist()
+    cheap = speculating(cost=CHEAP, policy="causal")
+    cheap.run(wanted)
+    metrics, other = dear.engine.metrics, cheap.engine.metrics
+    assert metrics.spec_decode_drafter_skips_total.value > 40
+    assert metrics.spec_decode_num_verified_tokens_total.value == 0
+    # It looks again from time to time, so that it notices when drafting begins to pay.
+    assert 2 <= metrics.spec_decode_num_drafts_total.value <= 5
+    assert other.spec_decode_num_verified_tokens_total.value > 10
+
+
+def test_metrics_add_up(speculating):
+    driver = speculating(policy="fixed:3")
+    sinks = driver.run(*(golden_request("qwen3_vanilla", max_tokens=40)[0] for _ in range(4)))
+    metrics = driver.engine.metrics
+    usages = [sink.deltas[-1].usage for sink in sinks]
+    assert metrics.spec_decode_num_draft_tokens_total.value == sum(usage.draft_tokens for usage in usages)
+    assert metrics.spec_decode_num_verified_tokens_total.value == sum(usage.verified_draft_tokens for usage in usages)
+    accepted = sum(usage.accepted_draft_tokens for usage in usages)
+    assert metrics.spec_decode_num_accepted_tokens_total.value == accepted
+    by_place = [counter.value for counter in metrics.spec_decode_num_accepted_tokens_per_pos_total]
+    assert sum(by_place) == accepted and by_place == sorted(by_place, reverse=True) and by_place[3:] == [0] * 4
+    tokens = metrics.step_tokens_total.value
+    assert tokens == sum(usage.rounds for usage in usages) + metrics.spec_decode_num_verified_tokens_total.value
+    assert metrics.predicted_step_seconds_total.value > 0
+    assert 0 <= metrics.spec_decode_calibration_error.value <= 1
+
+
+def test_a_failing_drafter_costs_those_that_draft(speculating, monkeypatch):
+    driver = speculating()
+    calls = []
+
+    def fail(batch):
+        calls.append(batch)
+        raise RuntimeError("no draft today")
+
+    monkeypatch.setattr(driver.drafter, "draft", fail)
+    off, golden = golden_request("qwen3_vanilla", draft_policy="off")
+    drafting, _ = golden_request("qwen3_vanilla", draft_policy="fixed:3")
+    plain, lost = driver.run(off, drafting)
+    assert calls and plain.tokens() == golden["greedy"].tolist()
+    assert isinstance(lost.failure, InternalError) and "no draft today" in str(lost.failure)
+    assert not driver.engine.cache.active
+    monkeypatch.undo()
+    assert driver.run(drafting)[0].tokens() == golden["greedy"].tolist()
+
+
+def test_policies_are_checked(speculating, golden_artifacts):
+    with pytest.raises(InvalidRequest, match="draft_policy: expected off, fixed:N"):
+        speculating().submit(golden_request("qwen3_vanilla", draft_policy="fastest")[0])
+    with pytest.raises(InvalidRequest, match="draft_policy: expected off, this server runs without a drafter"):
+        Driver(golden_artifacts["qwen3_vanilla"]).submit(golden_request("qwen3_vanilla", draft_policy="causal")[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+def test_smollm2_with_an_untrained_drafter(smollm2_artifact, tmp_path, head):
+    checkpoint = write_random_drafter(smollm2_artifact, tmp_path / "checkpoint", head=head)
+    export_drafter(DrafterExport(checkpoint, smollm2_artifact, tmp_path / "drafter"), artifacts.silent)
+    texts = ("Why is the sky blue?", "def fibonacci(n):", "Once upon a time", "1 + 1 =")
+    requests = [ids(*np.frombuffer(text.encode(), np.uint8).tolist(), max_tokens=24) for text in texts]
+    settings = {"threads": 2, "kv_budget_mib": 1024}
+    expected = [sink.tokens() for sink in Driver(smollm2_artifact, **settings).run(*requests)]
+    for policy in ("fixed:4", "threshold:0.1", "causal", "lagged"):
+        driver = SpeculatingDriver(smollm2_artifact, tmp_path / "drafter", policy=policy, **settings)
+        assert [sink.tokens() for sink in driver.run(*requests)] == expected
+        assert driver.engine.metrics.spec_decode_num_drafts_total.value > 0
+
+
+def test_a_cost_model_that_proves_wrong_is_forgotten(golden_artifacts, golden_drafters, tmp_path, caplog):
+    cache = CostCache(tmp_path, "0" * 64)
+    cache.store(CHEAP)
+    driver = SpeculatingDriver(
+        golden_artifacts["qwen3_vanilla"], golden_drafters["qwen3_vanilla"], policy="fixed:1", cost_cache=cache
+    )
+    # CHEAP speaks of seconds; these steps take about a millisecond.
+    driver.run(golden_request("qwen3_vanilla")[0])
+    assert cache.load() is not None
+    for _ in range(6):
+        driver.run(golden_request("qwen3_vanilla")[0])
+    assert cache.load() is None
+    assert "the next load measures again" in caplog.text
