@@ -107,6 +107,7 @@ class EngineMetrics:
     requests_finished_total__cancelled: Counter = field(default_factory=lambda: _finished("cancelled"))
     requests_finished_total__deadline: Counter = field(default_factory=lambda: _finished("deadline"))
     requests_finished_total__rejected: Counter = field(default_factory=lambda: _finished("rejected"))
+    requests_finished_total__invalid: Counter = field(default_factory=lambda: _finished("invalid"))
     requests_finished_total__error: Counter = field(default_factory=lambda: _finished("error"))
     num_requests_running: Gauge = field(default_factory=lambda: Gauge("Sequences that hold a slot."))
     num_requests_waiting: Gauge = field(default_factory=lambda: Gauge("Sequences that wait for a slot."))

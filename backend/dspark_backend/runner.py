@@ -11,7 +11,7 @@ from dspark_backend.calibration import load_calibration
 from dspark_backend.config import EngineConfig
 from dspark_backend.cost_cache import CostCache, default_cache_directory, fingerprint, load_or_measure
 from dspark_backend.engine import Engine
-from dspark_backend.errors import QueueFull
+from dspark_backend.errors import InvalidRequest, QueueFull
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.preparation import Preparer
 from dspark_backend.profile_grid import ProfilePlan
@@ -84,7 +84,12 @@ class EngineRunner:
             QueueFull: too many wait already, or the engine is stopping.
         """
         arrival = time.time_ns()
-        state = RequestState(self._preparer.prepare(request), sink, arrival)
+        try:
+            prepared = self._preparer.prepare(request)
+        except InvalidRequest:
+            self.count_invalid()
+            raise
+        state = RequestState(prepared, sink, arrival)
         limit = self._config.max_queue_size
         with self._wake:
             if not self._accepting:
@@ -100,6 +105,11 @@ class EngineRunner:
             self._inbox.append(state)
             self._wake.notify()
         return state
+
+    def count_invalid(self) -> None:
+        """A request was refused before it could be queued."""
+        with self._wake:
+            self.metrics.requests_finished_total__invalid.add()
 
     def cancel(self, state: RequestState) -> None:
         """End a request early; its sink hears RequestCancelled unless it finished first."""

@@ -43,6 +43,10 @@ class DepthPolicy(Protocol):
     def drafts(self) -> bool:
         """False: the drafter never runs for requests of this policy."""
 
+    @property
+    def adaptive(self) -> bool:
+        """True: depths weigh requests against each other, and the drafter rests where it does not pay."""
+
     def depths(self, draft_round: DraftRound) -> IntArray:
         """Drafts to verify for each request, int64 [R]."""
 
@@ -52,6 +56,7 @@ class Off:
     """No speculation."""
 
     drafts = False
+    adaptive = False
 
     def depths(self, draft_round: DraftRound) -> IntArray:
         return np.zeros(draft_round.num_requests, dtype=np.int64)
@@ -63,6 +68,7 @@ class Fixed:
 
     depth: int
     drafts = True
+    adaptive = False
 
     def depths(self, draft_round: DraftRound) -> IntArray:
         return np.minimum(draft_round.limits, min(self.depth, draft_round.survival.shape[1]))
@@ -74,6 +80,7 @@ class Threshold:
 
     level: float
     drafts = True
+    adaptive = False
 
     def depths(self, draft_round: DraftRound) -> IntArray:
         deep = np.cumprod(draft_round.survival >= self.level, axis=1).sum(axis=1)
@@ -89,6 +96,7 @@ class Causal:
     """
 
     drafts = True
+    adaptive = True
 
     def depths(self, draft_round: DraftRound) -> IntArray:
         drafts = _by_place(draft_round.survival, draft_round.limits)
@@ -105,6 +113,7 @@ class Lagged:
     """
 
     drafts = True
+    adaptive = True
 
     def depths(self, draft_round: DraftRound) -> IntArray:
         past = _ranked(_by_place(draft_round.lagged_survival, draft_round.limits))

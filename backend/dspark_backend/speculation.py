@@ -21,7 +21,7 @@ from dspark_backend.cost_tracker import CostTracker
 from dspark_backend.draft_state import Survival
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.rng import Purpose
-from dspark_backend.scheduling import Causal, DepthPolicy, DraftRound, Lagged
+from dspark_backend.scheduling import DepthPolicy, DraftRound, Lagged
 from dspark_backend.sequence import SequenceState
 from dspark_backend.stages.batch import FloatArray, IntArray
 from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput
@@ -160,8 +160,8 @@ class Speculator:
     def _worth_drafting(self, running: Sequence[SequenceState], limits: IntArray, capacity: int) -> list[int]:
         """Rows that draft: the static policies always, the adaptive ones where the expected gain covers the cost."""
         able: list[int] = np.flatnonzero(limits > 0).tolist()
-        static = [row for row in able if not isinstance(running[row].prepared.policy, Causal | Lagged)]
-        adaptive = [row for row in able if isinstance(running[row].prepared.policy, Causal | Lagged)]
+        static = [row for row in able if not running[row].prepared.policy.adaptive]
+        adaptive = [row for row in able if running[row].prepared.policy.adaptive]
         if not adaptive or self._pays([running[row] for row in adaptive], limits[adaptive], len(running), capacity):
             return able
         probing = [row for row in adaptive if running[row].draft.idle_rounds >= _PROBE_EVERY]
@@ -242,7 +242,7 @@ class Speculator:
             groups.setdefault(sequence.prepared.policy, []).append(row)
         seconds = self._seconds(count, len(drafting), int(limits.sum()), capacity)
         spent, gained = 0, 0.0
-        for policy, rows in sorted(groups.items(), key=lambda item: isinstance(item[0], Causal | Lagged)):
+        for policy, rows in sorted(groups.items(), key=lambda item: item[0].adaptive):
             lagged = np.array([self._lagged(drafting[row]) for row in rows])
             draft_round = DraftRound(survival[rows], lagged, limits[rows], seconds[spent:], count + gained)
             depths[rows] = policy.depths(draft_round)

@@ -1,4 +1,4 @@
-"""The only module that knows Triton: tensors <-> requests, errors <-> codes, metrics -> Triton's own endpoint.
+"""The ``dspark`` model in Triton: tensors <-> requests, metrics -> Triton's own endpoint.
 
 One thread of this module talks to Triton after load: it sends responses, watches for clients that went away and
 publishes metrics. Triton's Python backend crashes when metrics are updated from several threads, and a ``send`` takes
@@ -7,58 +7,29 @@ long enough (0.1-0.3 ms) to be kept off the engine's thread.
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from dspark_backend.config import EngineConfig
 from dspark_backend.delta import Delta
-from dspark_backend.errors import ConfigError, DSparkError, InternalError, Status
+from dspark_backend.errors import DSparkError, InternalError, InvalidRequest
 from dspark_backend.metrics import Counter, EngineMetrics, Gauge, Histogram
 from dspark_backend.outbox import Outbox, Parcel
+from dspark_backend.request import GenerationRequest
 from dspark_backend.runner import EngineRunner
-from dspark_backend.scoring import score
 from dspark_backend.sequence import RequestState
-from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
+from dspark_backend.triton_common import model_folder, read_parameters, triton_error
 from dspark_backend.wire import Collector, parse_request, render
 
 logger = logging.getLogger(__name__)
 
 _DRAIN_SECONDS = 3.0
 _CANCEL_POLL_SECONDS = 0.05
-
-# Names, not values: the stub fills pb_utils with its classes only after it imported the model.
-_CODES = {
-    Status.INVALID_ARGUMENT: "INVALID_ARG",
-    Status.UNAVAILABLE: "UNAVAILABLE",
-    # Triton has no code for a deadline; the message's prefix tells the client.
-    Status.DEADLINE_EXCEEDED: "CANCELLED",
-    Status.CANCELLED: "CANCELLED",
-    Status.INTERNAL: "INTERNAL",
-}
-
-
-def triton_error(error: DSparkError) -> Any:
-    """Triton's error of ours: the code, and a message that starts with the status in brackets."""
-    code = getattr(pb_utils.TritonError, _CODES[error.status])
-    return pb_utils.TritonError(f"[{error.status.value}] {error}", code)
-
-
-def read_parameters(args: dict[str, str]) -> dict[str, str]:
-    """The ``parameters`` of config.pbtxt, but for those of Triton's own Python backend, which are in capitals."""
-    parameters = json.loads(args["model_config"]).get("parameters", {})
-    return {key: entry["string_value"] for key, entry in parameters.items() if not key.isupper()}
-
-
-def model_folder(args: dict[str, str]) -> Path:
-    """The folder of the model version that is being loaded: where relative paths start."""
-    return Path(args["model_repository"]) / args["model_version"]
 
 
 @dataclass(eq=False)
@@ -116,8 +87,7 @@ class DSparkModel:
         # Before submitting: the sending thread may take it out again at once.
         self._open.add(call)
         try:
-            arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            parsed = parse_request(arrays)
+            parsed = self._parse(request)
             call.collector = Collector(parsed.stream)
             call.state = self._runner.submit(parsed, call)
         except DSparkError as error:
@@ -126,6 +96,13 @@ class DSparkModel:
         except Exception:  # a defect must cost this request alone
             logger.exception("a request could not be read")
             call.error(InternalError("internal error; the server's log has the details"))
+
+    def _parse(self, request: Any) -> GenerationRequest:
+        try:
+            return parse_request({tensor.name(): tensor.as_numpy() for tensor in request.inputs()})
+        except InvalidRequest:
+            self._runner.count_invalid()
+            raise
 
     def _talk(self, publisher: MetricsPublisher, interval: float) -> None:
         next_poll = next_metrics = time.monotonic()
@@ -196,44 +173,3 @@ class MetricsPublisher:
             else:
                 while metric.pending:
                     exported.observe(metric.pending.popleft())
-
-
-class VerifierModel:
-    """``TritonPythonModel`` of the ``verifier`` model: scores a prompt, without the engine."""
-
-    def initialize(self, args: dict[str, str]) -> None:
-        """Load the artifact beside the model's file, or where the parameter ``artifact`` says."""
-        parameters = read_parameters(args)
-        try:
-            unknown = sorted(parameters.keys() - {"artifact", "threads"})
-            if unknown:
-                raise ConfigError(f"{unknown[0]}: unknown parameter; expected artifact or threads")
-            threads = parameters.get("threads", "0")
-            if not threads.isdigit():
-                raise ConfigError(f"threads: expected 0 or more, got {threads!r}")
-            folder = (model_folder(args) / parameters.get("artifact", ".")).resolve()
-            self._stage = OnnxRuntimeVerifier(folder, int(threads))
-        except DSparkError as error:
-            raise pb_utils.TritonModelException(str(error)) from None
-
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Score one prompt a request."""
-        return [self._score(request) for request in requests]
-
-    def finalize(self) -> None:
-        self._stage.close()
-
-    def _score(self, request: Any) -> Any:
-        try:
-            token_ids = pb_utils.get_input_tensor_by_name(request, "input_ids").as_numpy().reshape(-1).tolist()
-            wanted = set(request.requested_output_names())
-            result = score(self._stage, token_ids, "logits" in wanted)
-        except DSparkError as error:
-            return pb_utils.InferenceResponse(error=triton_error(error))
-        tensors = [
-            pb_utils.Tensor("argmax", result.argmax.astype("int32")),
-            pb_utils.Tensor("log_probs", result.log_probs.astype("float32")),
-        ]
-        if result.logits is not None:
-            tensors.append(pb_utils.Tensor("logits", result.logits))
-        return pb_utils.InferenceResponse(tensors)

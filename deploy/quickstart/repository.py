@@ -64,9 +64,7 @@ def assemble(artifact: Path, target: Path) -> Path:
     Large files are hard links, because ONNX Runtime refuses external data behind a symbolic link.
     """
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(
-        CHECKOUT / "model_repository", target, ignore=shutil.ignore_patterns("__pycache__", "*.onnx*", "*.safetensors")
-    )
+    shutil.copytree(CHECKOUT / "model_repository", target, ignore=_artifacts)
     for path in _files(artifact):
         place = target / "verifier" / "1" / path.relative_to(artifact)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +74,12 @@ def assemble(artifact: Path, target: Path) -> Path:
         except OSError:  # another file system, or one without hard links
             shutil.copy2(path, place)
     return target
+
+
+def _artifacts(folder: str, names: list[str]) -> list[str]:
+    """What of a model repository's folder is not in git: caches, and artifacts that were exported into it."""
+    kept = (".pbtxt", ".py", ".md")
+    return [name for name in names if name == "__pycache__" or not (Path(folder, name).is_dir() or name.endswith(kept))]
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -68,6 +68,7 @@ class Server:
         """
         self.log.unlink(missing_ok=True)
         command = [str(self.environment.script("dspark-serve")), "--model-repository", str(repository)]
+        command += ["--model", "dspark"]
         command += ["--host", "127.0.0.1", "--port-base", str(self.port_base), "--log-file", str(self.log)]
         command += ["--exit-timeout-secs", str(EXIT_TIMEOUT_SECS)]
         if not detached:

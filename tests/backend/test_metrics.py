@@ -60,7 +60,7 @@ def test_a_name_and_its_labels_are_unique(metrics):
     for name, metric in metrics.items():
         assert kinds.setdefault(name, type(metric)) is type(metric)
     reasons = [dict(labels)["reason"] for name, labels in keys if name == "dspark_requests_finished_total"]
-    assert sorted(reasons) == ["cancelled", "deadline", "error", "length", "rejected", "stop"]
+    assert sorted(reasons) == ["cancelled", "deadline", "error", "invalid", "length", "rejected", "stop"]
 
 
 def test_buckets_ascend(metrics):

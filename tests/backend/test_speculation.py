@@ -268,3 +268,13 @@ def test_a_cost_model_that_proves_wrong_is_forgotten(golden_artifacts, golden_dr
         driver.run(golden_request("qwen3_vanilla")[0])
     assert cache.load() is None
     assert "the next load measures again" in caplog.text
+
+
+def test_twins_in_flight_draw_different_numbers(speculating):
+    """One seed, one prompt, depths that depend on each other: they must not share draws. Alone, the seed decides."""
+    wanted, _ = golden_request("qwen3_vanilla", temperature=1.0, seed=3, draft_policy="causal")
+    driver = speculating()
+    states = [driver.submit(wanted)[0] for _ in range(3)]
+    assert [state.twin for state in states] == [0, 1, 2]
+    static, _ = golden_request("qwen3_vanilla", temperature=1.0, seed=3, draft_policy="fixed:2")
+    assert [driver.submit(static)[0].twin for _ in range(2)] == [0, 0]

@@ -237,5 +237,5 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypat
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     rows = threshold_sweep(RoundTable.of([record(3, 1)]), Calibration.identity(3))
-    with pytest.raises(ExportError, match="dspark-triton\[plot\]"):
+    with pytest.raises(ExportError, match=r"dspark-triton\[plot\]"):
         draw_threshold_sweep(tmp_path / "sweep.png", rows)

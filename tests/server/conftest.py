@@ -115,14 +115,21 @@ MakeRepository = Callable[..., Path]
 @pytest.fixture(scope="session")
 def make_repository(tmp_path_factory: pytest.TempPathFactory) -> MakeRepository:
     """Lays out model repositories: ``make_repository("tiny", {"max_slots": "2"})``; arguments as for ``make_server``.
+    ``drafter`` is an artifact's folder: it goes to drafter/1, and ``dspark`` speculates with it (policy ``causal``).
 
     Files of the artifact are hard links to a cache: replace them, never write into them.
     """
 
-    def make(model: str | Path = "tiny", parameters: Mapping[str, str | None] | None = None) -> Path:
+    def make(
+        model: str | Path = "tiny", parameters: Mapping[str, str | None] | None = None, drafter: Path | None = None
+    ) -> Path:
         artifact = Path(model) if (Path(model) / "stage.json").is_file() else exported(str(model))
         repository = quickstart_repository.assemble(artifact, tmp_path_factory.mktemp("server") / "repository")
-        set_parameters(repository / MODEL_NAME / "config.pbtxt", parameters or {})
+        speculating: dict[str, str | None] = {}
+        if drafter is not None:
+            shutil.copytree(drafter, repository / "drafter" / "1", dirs_exist_ok=True)
+            speculating = {"drafter": "../../drafter/1", "policy": None}
+        set_parameters(repository / MODEL_NAME / "config.pbtxt", speculating | dict(parameters or {}))
         return repository
 
     return make
@@ -134,8 +141,8 @@ def make_server(make_repository: MakeRepository) -> Iterator[MakeServer]:
 
     ``model`` is ``tiny`` (a random Qwen3 of tests/golden without a tokenizer), ``smollm2``, an artifact's folder, or
     what dspark-export takes as ``--model``. ``parameters`` change those of the ``dspark`` model; ``models`` loads only
-    the named ones; ``wait=False`` returns before the server can infer. What a test does not stop is ended with the
-    session.
+    the named ones; ``drafter`` is as for ``make_repository``; ``wait=False`` returns before the server can infer. What a
+    test does not stop is ended with the session.
     """
     made: list[RunningServer] = []
 
@@ -144,10 +151,11 @@ def make_server(make_repository: MakeRepository) -> Iterator[MakeServer]:
         *,
         parameters: Mapping[str, str | None] | None = None,
         models: tuple[str, ...] = (),
+        drafter: Path | None = None,
         exit_timeout_secs: int = 15,
         wait: bool = True,
     ) -> RunningServer:
-        repository = make_repository(model, parameters)
+        repository = make_repository(model, parameters, drafter)
         options = ServeOptions(
             model_repository=repository,
             ports=Ports.free(),

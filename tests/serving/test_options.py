@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import socket
 from pathlib import Path
 
@@ -51,3 +52,63 @@ def test_named_models_are_loaded_explicitly(repository: Path) -> None:
 
 def test_without_names_everything_is_loaded(repository: Path) -> None:
     assert not any("control-mode" in argument for argument in ServeOptions(repository).arguments())
+
+
+CONFIG = 'name: "{}"\nbackend: "python"\n'
+
+
+def shipped(folder: Path, *exported: str) -> Path:
+    """A repository like ours, with artifacts of the named stages."""
+    for name in ("dspark", "verifier", "drafter"):
+        (folder / name / "1").mkdir(parents=True)
+        (folder / name / "config.pbtxt").write_text(CONFIG.format(name))
+        (folder / name / "1" / "model.py").touch()
+    for name in exported:
+        (folder / name / "1" / "stage.json").touch()
+    return folder
+
+
+def loaded(options: ServeOptions) -> list[str]:
+    return [argument.split("=")[1] for argument in options.arguments() if argument.startswith("--load-model=")]
+
+
+def test_a_stage_without_an_artifact_is_left_out(tmp_path: Path) -> None:
+    options = ServeOptions(shipped(tmp_path, "verifier"))
+    assert options.left_out == ("drafter",)
+    assert loaded(options) == ["dspark", "verifier"]
+    assert "--model-control-mode=explicit" in options.arguments()
+
+
+def test_a_complete_repository_is_loaded_as_it_is(tmp_path: Path) -> None:
+    options = ServeOptions(shipped(tmp_path, "verifier", "drafter"))
+    assert options.left_out == ()
+    assert not any("control-mode" in argument for argument in options.arguments())
+
+
+def test_an_artifact_elsewhere_counts(tmp_path: Path) -> None:
+    config = shipped(tmp_path, "verifier") / "drafter" / "config.pbtxt"
+    text = config.read_text()
+    config.write_text(text + '# parameters: { key: "artifact" }\n')
+    assert ServeOptions(tmp_path).left_out == ("drafter",)
+    config.write_text(text + 'parameters: { key: "artifact", value: { string_value: "/elsewhere" } }\n')
+    assert ServeOptions(tmp_path).left_out == ()
+
+
+def test_what_the_caller_chose_is_loaded(tmp_path: Path) -> None:
+    shipped(tmp_path, "verifier")
+    assert loaded(ServeOptions(tmp_path, models=("drafter",))) == ["drafter"]
+    by_hand = ("--model-control-mode=poll",)
+    options = ServeOptions(tmp_path, extra=by_hand)
+    assert options.left_out == () and loaded(options) == []
+
+
+def test_without_any_artifact_only_dspark_is_tried(tmp_path: Path) -> None:
+    assert loaded(ServeOptions(shipped(tmp_path))) == ["dspark"]
+
+
+def test_a_stage_that_is_all_there_is_is_tried(tmp_path: Path) -> None:
+    shipped(tmp_path)
+    for name in ("dspark", "verifier"):
+        shutil.rmtree(tmp_path / name)
+    options = ServeOptions(tmp_path)
+    assert options.left_out == () and loaded(options) == []

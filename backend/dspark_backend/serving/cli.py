@@ -115,6 +115,8 @@ def supervise(server: TritonServer, clean_orphans: bool = True) -> Exit:
     console.print(
         f"starting Triton ({server.distribution.origin}: {server.distribution.binary}) on {options.model_repository}"
     )
+    for name in options.left_out:
+        console.print(f"leaving out {name}: nothing is exported to {options.model_repository / name}")
     start = time.monotonic()
     server.start(clean_orphans)
     ready = False

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dspark_backend.errors import ConfigError
+
+STAGE_MODELS = ("drafter", "verifier")
+"""Models of our repository that serve an exported artifact alone, and are of no use without it."""
+ARTIFACT_FILE = "stage.json"
+"""What an exporter writes last: where it is, the artifact is complete."""
+_NAMES_ARTIFACT = re.compile(r'^[^#\n]*key:\s*"artifact"', re.MULTILINE)
 
 
 class PortInUse(ConfigError):
@@ -79,7 +86,7 @@ class ServeOptions:
     host: str = "0.0.0.0"
     """Address that the three services bind to."""
     models: tuple[str, ...] = ()
-    """Load exactly these; empty loads the whole repository."""
+    """Load exactly these; empty loads the whole repository but for ``left_out``."""
     log_file: Path | None = None
     """Triton's and the models' output goes there (appended); None leaves it on this process's stderr."""
     exit_timeout_secs: int = 10
@@ -106,6 +113,15 @@ class ServeOptions:
                     f"model {name!r} is not in {self.model_repository}; it holds: {', '.join(sorted(present))}"
                 )
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Models that are not loaded because nothing was exported for them; none where the caller chose by himself."""
+        if self.models or any(argument.startswith("--model-control-mode") for argument in self.extra):
+            return ()
+        missing = [name for name in STAGE_MODELS if _lacks_artifact(self.model_repository / name)]
+        # With nothing left Triton's own message is the better one.
+        return tuple(missing) if set(missing) < repository_models(self.model_repository) else ()
+
     def arguments(self) -> Sequence[str]:
         """Command-line arguments for tritonserver, without the backend directory."""
         arguments = [
@@ -119,8 +135,11 @@ class ServeOptions:
             f"--exit-timeout-secs={self.exit_timeout_secs}",
             f"--strict-readiness={'true' if self.strict_readiness else 'false'}",
         ]
-        if self.models:
-            arguments += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in self.models)]
+        models: Sequence[str] = self.models
+        if left_out := self.left_out:
+            models = sorted(repository_models(self.model_repository).difference(left_out))
+        if models:
+            arguments += ["--model-control-mode=explicit", *(f"--load-model={name}" for name in models)]
         return [*arguments, *self.extra]
 
 
@@ -132,3 +151,11 @@ def repository_models(repository: Path) -> frozenset[str]:
         if folder.is_dir()
         and ((folder / "config.pbtxt").is_file() or any(part.name.isdigit() for part in folder.iterdir()))
     )
+
+
+def _lacks_artifact(model: Path) -> bool:
+    """Whether a stage model is there, but neither an artifact in a version of it nor a parameter that names one."""
+    config = model / "config.pbtxt"
+    if not config.is_file() or any(model.glob(f"*/{ARTIFACT_FILE}")):
+        return False
+    return _NAMES_ARTIFACT.search(config.read_text(encoding="utf-8", errors="replace")) is None

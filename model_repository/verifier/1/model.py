@@ -1,5 +1,5 @@
 """The ``verifier`` model: scores prompts with the target alone. All logic is in dspark_backend."""
 
-from dspark_backend.triton_adapter import VerifierModel as TritonPythonModel
+from dspark_backend.triton_stages import VerifierModel as TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
