@@ -12,12 +12,18 @@ from dspark_export.errors import ExportError
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     """Chat messages, as JSON, of each prompt of a file: a single user turn, or what ``messages`` holds.
 
-    Of ``turns`` the first is taken. Raises ExportError for a missing or empty file, or a line that holds no prompt.
+    Of ``turns`` the first is taken. Raises ExportError for a missing or empty file, one that is no UTF-8 text, or a
+    line that holds no prompt.
     """
     if not path.is_file():
         raise ExportError(f"--prompts {path}: there is no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ExportError(f"--prompts {path}: expected UTF-8 text, got an invalid byte at {error.start}") from None
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines(): that also splits at line separators which JSON writers leave inside strings.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         prompts.append(_messages(path, number, line))

@@ -24,7 +24,9 @@ def drafters(golden_artifacts, tmp_path_factory):
     root = tmp_path_factory.mktemp("draws")
     for name in NAMES:
         export_golden_drafter(name, golden_artifacts[name], root / name)
-    return {name: root / name for name in NAMES}
+    for dtype in ("float16", "bfloat16"):
+        export_golden_drafter("qwen3_gated", golden_artifacts["qwen3_gated"], root / dtype, dtype=dtype)
+    return {name: root / name for name in (*NAMES, "float16", "bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,16 @@ def alone(directory, verifier, features, request):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", NAMES)
-def test_bits_do_not_depend_on_company(golden_artifacts, drafters, name, threads):
+@pytest.mark.parametrize("kind", [*NAMES, "float16", "bfloat16"])
+def test_bits_do_not_depend_on_company(golden_artifacts, drafters, kind, threads):
     """Random schedules: batch, order, slots, capacity, how the context came in, moved rows, and stale rows behind."""
+    name = kind if kind in NAMES else "qwen3_gated"
     golden = golden_arrays(name)
     features, tokens = golden["target_features"], np.concatenate([golden["prompt"], golden["greedy"]])
     verifier = golden_artifacts[name]
-    stage = OnnxRuntimeDrafter(drafters[name], verifier, threads=threads)
+    stage = OnnxRuntimeDrafter(drafters[kind], verifier, threads=threads)
     requests = requests_of(tokens, stage.artifact.block_size)
-    expected = [alone(drafters[name], verifier, features, request) for request in requests]
+    expected = [alone(drafters[kind], verifier, features, request) for request in requests]
     random = np.random.default_rng(7)
     for _ in range(25):
         count = int(random.integers(1, len(requests) + 1))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from artifacts import GOLDEN_NAMES
+from artifacts import GOLDEN, GOLDEN_NAMES, export
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schedules import plain_logits, scheduled_logits
@@ -40,9 +40,15 @@ class Subject:
             assert same_bits(found, self.expected[member]), f"seed {seed}: sequence {member}, {threads} threads"
 
 
-@pytest.fixture(scope="module", params=GOLDEN_NAMES)
-def tiny(request, golden_artifacts) -> Subject:
-    return Subject(golden_artifacts[request.param], (150, 61, 40, 17, 9, 1))
+@pytest.fixture(scope="module", params=[*GOLDEN_NAMES, "float16", "bfloat16"])
+def tiny(request, golden_artifacts, tmp_path_factory) -> Subject:
+    """Every golden target in float32, and one of them in each other storage that the exporter writes."""
+    if request.param in GOLDEN_NAMES:
+        artifact = golden_artifacts[request.param]
+    else:
+        target = GOLDEN / "qwen3_vanilla" / "target"
+        artifact = export(target, tmp_path_factory.mktemp(request.param) / "artifact", dtype=request.param)
+    return Subject(artifact, (150, 61, 40, 17, 9, 1))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

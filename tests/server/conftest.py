@@ -141,8 +141,8 @@ def make_server(make_repository: MakeRepository) -> Iterator[MakeServer]:
 
     ``model`` is ``tiny`` (a random Qwen3 of tests/golden without a tokenizer), ``smollm2``, an artifact's folder, or
     what dspark-export takes as ``--model``. ``parameters`` change those of the ``dspark`` model; ``models`` loads only
-    the named ones; ``drafter`` is as for ``make_repository``; ``wait=False`` returns before the server can infer. What a
-    test does not stop is ended with the session.
+    the named ones; ``drafter`` is as for ``make_repository``; ``wait=False`` returns before the server can infer. What
+    a test does not stop is ended with the session.
     """
     made: list[RunningServer] = []
 

@@ -58,9 +58,11 @@ def golden_torch_drafter(name: str) -> TorchDrafter:
     return load_torch_drafter(GOLDEN / name / "drafter", embedding, head).eval()
 
 
-def export_golden_drafter(name: str, verifier: Path, out: Path, checkpoint: Path | None = None) -> DrafterArtifact:
+def export_golden_drafter(
+    name: str, verifier: Path, out: Path, checkpoint: Path | None = None, dtype: str = "float32"
+) -> DrafterArtifact:
     """Export with the inner values exposed."""
-    options = DrafterExport(checkpoint or GOLDEN / name / "drafter", verifier, out)
+    options = DrafterExport(checkpoint or GOLDEN / name / "drafter", verifier, out, dtype)
     return export_drafter(options, silent, expose_intermediates=True)
 
 
