@@ -6,6 +6,7 @@ import logging
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from dspark_backend.errors import DSparkError
 from dspark_export.commands.drafter import drafter
@@ -34,7 +35,7 @@ def main() -> None:
     try:
         app()
     except (DSparkError, OSError) as error:
-        console.print(f"[bold red]error[/]: {error}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 

@@ -7,12 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dspark_backend.calibration import Calibration
 from dspark_backend.config import EngineConfig
+from dspark_backend.cost import CostModel, StepCurve
 from dspark_backend.delta import Delta
 from dspark_backend.errors import DSparkError
 from dspark_backend.request import GenerationRequest, SamplingParams
-from dspark_backend.runner import EngineRunner
+from dspark_backend.runner import EngineRunner, load_tokenizer
+from dspark_backend.speculation import Drafting
+from dspark_backend.stages.onnxruntime_drafter import OnnxRuntimeDrafter
+from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
 from dspark_backend.telemetry import RoundRecord
+
+_NO_COST = CostModel((StepCurve(1, 128, (1, 2), (1.0, 1.0)),))
+"""A fixed depth never looks at step times: none are measured."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,16 @@ def collect_rounds(
         max_slots=plan.concurrency,
         max_queue_size=len(prompts) + 1,
         threads=plan.threads,
-        profile_seconds=1.0,  # a fixed depth never looks at the cost model
     )
     numbers: dict[int, int] = {}
 
     def observe(record: RoundRecord) -> None:
         records.append(replace(record, request=numbers.setdefault(record.request, len(numbers))))
 
-    runner = EngineRunner.open(config, observe)
+    verifier = OnnxRuntimeVerifier(plan.verifier, plan.threads)
+    drafter = OnnxRuntimeDrafter(plan.drafter, plan.verifier, plan.threads)
+    drafting = Drafting(drafter, Calibration.identity(drafter.artifact.block_size), _NO_COST)
+    runner = EngineRunner(verifier, load_tokenizer(config, verifier.artifact), config, drafting, observe)
     ended: queue.SimpleQueue[DSparkError | None] = queue.SimpleQueue()
     try:
         for seed, messages in enumerate(prompts):

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dspark_backend.stages.artifact import DrafterArtifact, VerifierArtifact, load_verifier_artifact, save_artifact
+from dspark_backend.stages.artifact import (
+    DrafterArtifact,
+    VerifierArtifact,
+    load_verifier_artifact,
+    mismatch,
+    save_artifact,
+)
 from dspark_backend.stages.onnxruntime_drafter import CONTEXT_FILE, D2T_FILE, DRAFT_FILE
 from dspark_export.check import check_drafter
 from dspark_export.drafter_spec import DrafterSpec, describe_drafter
@@ -96,20 +102,9 @@ def check_against_verifier(spec: DrafterSpec, weights: WeightSource, verifier: V
             named.
     """
     decoder = spec.decoder
-    for what, drafter_has, verifier_has in (
-        ("vocab_size", decoder.vocab_size, verifier.vocab_size),
-        ("hidden_size", decoder.hidden_size, verifier.hidden_size),
-        ("target_layer_ids", list(spec.target_layer_ids), list(verifier.target_layer_ids)),
-    ):
-        if drafter_has != verifier_has:
-            taps = ",".join(map(str, spec.target_layer_ids))
-            advice = "use the drafter made for this model"
-            if what == "target_layer_ids":
-                advice = f"export the verifier with --target-layer-ids {taps}"
-            raise ExportError(
-                f"drafter {name} does not fit verifier {verifier.source}: the drafter has {what} {drafter_has}, "
-                f"the verifier {verifier_has}; {advice}"
-            )
+    reason = mismatch(name, decoder.vocab_size, decoder.hidden_size, spec.target_layer_ids, verifier)
+    if reason is not None:
+        raise ExportError(reason)
     for tensor, shape in _expected_shapes(spec).items():
         if weights.shape(tensor) != shape:
             raise ExportError(f"drafter {name}: expected {tensor} of shape {shape}, got {weights.shape(tensor)}")

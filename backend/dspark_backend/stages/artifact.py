@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -152,24 +153,39 @@ def load_drafter_artifact(directory: Path) -> DrafterArtifact:
     return _load(directory, DrafterArtifact, hint)
 
 
+def mismatch(
+    source: str, vocab_size: int, hidden_size: int, target_layer_ids: Sequence[int], verifier: VerifierArtifact
+) -> str | None:
+    """Why a drafter does not belong to a verifier, naming both sides; None where nothing speaks against it."""
+    taps = list(target_layer_ids)
+    advice = "use the drafter made for this model"
+    for what, drafter_has, verifier_has, remedy in (
+        ("vocab_size", vocab_size, verifier.vocab_size, advice),
+        ("hidden_size", hidden_size, verifier.hidden_size, advice),
+        (
+            "target_layer_ids",
+            taps,
+            list(verifier.target_layer_ids),
+            f"export the verifier with --target-layer-ids {','.join(map(str, taps))}",
+        ),
+    ):
+        if drafter_has != verifier_has:
+            return (
+                f"drafter {source} does not fit verifier {verifier.source}: the drafter has {what} {drafter_has}, "
+                f"the verifier {verifier_has}; {remedy}"
+            )
+    return None
+
+
 def check_pair(drafter: DrafterArtifact, verifier: VerifierArtifact) -> None:
     """Make sure that a drafter belongs to a verifier.
 
     Raises:
-        ArtifactError: they differ in something that both must share; the message names both sides.
+        ArtifactError: they differ in something that both must share, or the drafter was exported against another one.
     """
-    for what, ours, theirs in (
-        ("vocab_size", drafter.vocab_size, verifier.vocab_size),
-        ("hidden_size", drafter.hidden_size, verifier.hidden_size),
-        ("target_layer_ids", list(drafter.target_layer_ids), list(verifier.target_layer_ids)),
-    ):
-        if ours != theirs:
-            taps = ",".join(map(str, drafter.target_layer_ids))
-            advice = f"export the verifier with --target-layer-ids {taps}" if what == "target_layer_ids" else ""
-            raise ArtifactError(
-                f"drafter {drafter.source} does not fit verifier {verifier.source}: the drafter has {what} {ours}, "
-                f"the verifier {theirs}; {advice or 'use the drafter made for this model'}"
-            )
+    reason = mismatch(drafter.source, drafter.vocab_size, drafter.hidden_size, drafter.target_layer_ids, verifier)
+    if reason is not None:
+        raise ArtifactError(reason)
     if drafter.verifier_hash != verifier.source_hash:
         raise ArtifactError(
             f"drafter {drafter.source} was exported against a verifier with source hash {drafter.verifier_hash[:12]}, "

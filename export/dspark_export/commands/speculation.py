@@ -31,7 +31,7 @@ from dspark_export.rounds import RoundTable
 Verifier = Annotated[Path, typer.Option(help="Artifact directory of the verifier.")]
 Drafter = Annotated[Path, typer.Option(help="Artifact directory of the drafter.")]
 Prompts = Annotated[list[Path], typer.Option(help="Prompt file (JSON lines or text); may be repeated.")]
-PerFile = Annotated[int | None, typer.Option(help="Prompts of each file; default all.")]
+PerFile = Annotated[int | None, typer.Option(min=1, help="Prompts of each file; default all.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens of each answer.")]
 Threads = Annotated[int, typer.Option(help="Threads; 0 takes one a core.")]
 
@@ -94,7 +94,9 @@ def evaluate(
                 messages,
                 lambda done, index=index, file=file: progress(file.stem, (index + done) / len(prompts)),  # type: ignore[misc]
             )
-            tables[file.stem] = RoundTable.of(found)
+            # Files of the same name in different folders stay apart.
+            name = file.stem if file.stem not in tables else str(file)
+            tables[name] = RoundTable.of(found)
             every += found
     rates = {name: conditional_acceptance(rounds) for name, rounds in tables.items()}
     sweep = threshold_sweep(RoundTable.of(every), calibration)
