@@ -59,11 +59,14 @@ def write_completions(completions: Sequence[Completion]) -> None:
 
 def write_usage(usage: Usage) -> None:
     """One line on stderr: tokens, speed and how well drafting worked."""
-    per_round = usage.output_tokens / usage.rounds if usage.rounds else 0.0
+    drafting = ""
+    if usage.draft_tokens:
+        # The first token comes from the prompt, not from a round.
+        per_round = (usage.output_tokens - 1) / usage.rounds if usage.rounds else 0.0
+        drafting = f"; {per_round:.2f} tokens a round, {usage.acceptance_rate:.0%} of verified drafts accepted"
     sys.stderr.write(
         f"{usage.input_tokens} tokens in, {usage.output_tokens} out; first after "
-        f"{usage.time_to_first_token_s * 1000:.0f} ms, then {usage.tokens_per_second:.1f} tokens/s; "
-        f"{per_round:.2f} tokens a round, {usage.acceptance_rate:.0%} of drafts accepted\n"
+        f"{usage.time_to_first_token_s * 1000:.0f} ms, then {usage.tokens_per_second:.1f} tokens/s{drafting}\n"
     )
 
 

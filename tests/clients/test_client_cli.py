@@ -6,6 +6,7 @@ import pytest
 
 from dspark_client import cli
 from dspark_client.cli_options import SamplingOptions, parse_ids
+from dspark_client.cli_output import write_usage
 from dspark_client.completion import Piece, Usage
 from dspark_client.errors import DSparkClientError, InvalidRequestError, ServerError
 from dspark_client.options import GenerateOptions
@@ -106,3 +107,10 @@ def test_url_comes_from_the_environment(monkeypatch, capsys):
     monkeypatch.setenv("DSPARK_URL", "localhost:2")
     assert cli.run(["models", "--retries", "0"]) == 4
     assert "localhost:2" in capsys.readouterr().err
+
+
+def test_usage_speaks_of_drafts_where_there_were_any(capsys):
+    write_usage(Usage(3, 11, 0, 0, 0, 10, 0, 0, 0, 10**9))
+    assert capsys.readouterr().err == "3 tokens in, 11 out; first after 0 ms, then 10.0 tokens/s\n"
+    write_usage(Usage(3, 11, 25, 10, 5, 5, 0, 0, 0, 10**9))
+    assert capsys.readouterr().err.endswith("; 2.00 tokens a round, 50% of verified drafts accepted\n")
