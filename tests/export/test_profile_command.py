@@ -73,7 +73,7 @@ def test_the_table_shows_times_and_the_most_tokens_a_second() -> None:
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ExportError, match=r"dspark-triton\[export\]"):
+    with pytest.raises(ExportError, match=r"dspark-triton\[plot\]"):
         draw_cost(MODEL, tmp_path / "cost.png")
 
 
