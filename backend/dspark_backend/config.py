@@ -78,7 +78,7 @@ class EngineConfig:
             if not good:
                 raise ConfigError(f"{key}: expected {wanted}, got {getattr(self, key)!r}")
 
-        check("profile_seconds", self.profile_seconds >= 1.0, "at least 1")
+        check("profile_seconds", 1.0 <= self.profile_seconds <= 3600.0, "1 to 3600")
         if self.depth_policy.drafts and self.drafter is None:
             raise ConfigError(f"policy: expected off without a drafter, got {self.policy!r}; set the key drafter, too")
         check("max_slots", 1 <= self.max_slots <= 1024, "1 to 1024")

@@ -52,6 +52,6 @@ class CostTracker:
     def is_stale(self, factor: float = 1.5, min_updates: int = 200) -> bool:
         """Whether predictions are off by more than ``factor``, either way, over enough steps to be sure.
 
-        Then :func:`dspark_backend.cost_cache.invalidate` makes the next load measure again.
+        Then :meth:`dspark_backend.cost_cache.CostCache.invalidate` makes the next load measure again.
         """
         return self.updates >= min_updates and abs(self._log_ratio) > math.log(factor)

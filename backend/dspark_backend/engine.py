@@ -74,8 +74,15 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for a slot."""
-        return len(self.roster.waiting)
+        """Requests that wait for a slot, or some of whose sequences do."""
+        return len({sequence.state for sequence in self.roster.waiting})
+
+    @property
+    def num_free(self) -> int:
+        """Slots that nobody holds and nobody waits for."""
+        roster = self.roster
+        taken = len(roster.waiting) + len(roster.prefilling) + len(roster.verifying)
+        return max(0, self._config.max_slots - taken)
 
     def submit(self, state: RequestState) -> None:
         """Queue a request. Its results come through its sink during later steps."""
@@ -133,7 +140,7 @@ class Engine:
             if sequence.slot is None:
                 continue  # another sequence of its request failed just now
             self._commit(sequence, segment.token_ids, ran, row)
-            if segment.logits_from < len(segment.token_ids):
+            if sequence.slot is not None and segment.logits_from < len(segment.token_ids):
                 self.roster.promote(sequence)
                 if self._take(sequence, Block(), ran, row) is not None:
                     self.roster.emit(sequence)
@@ -190,6 +197,8 @@ class Engine:
             if accepted is None:
                 continue
             self._commit(sequence, (anchor, *block.drafts.tokens[:accepted]), ran, row)
+            if sequence.slot is None:
+                continue  # its context could not be committed
             if self._speculator is not None and block.drafted:
                 self._speculator.learn(sequence, block, accepted)
                 self._observe(sequence, block, accepted)
@@ -234,10 +243,18 @@ class Engine:
 
     def _commit(self, sequence: SequenceState, token_ids: Sequence[int], ran: _Ran, row: int) -> None:
         """The first rows of a segment are part of the sequence now: in the target's cache, and for the drafter."""
-        sequence.held_slot.commit(token_ids)
-        if self._speculator is not None:
-            first = ran.first_token(row)
-            self._speculator.feed(sequence, ran.output.features[first : first + len(token_ids)])
+        slot = sequence.held_slot
+        slot.commit(token_ids)
+        if self._speculator is None:
+            return
+        first = ran.first_token(row)
+        try:
+            # A copy: a view would keep the features of the whole step alive while these wait.
+            self._speculator.feed(sequence, ran.output.features[first : first + len(token_ids)].copy())
+        except Exception as error:  # whatever the runtime raises must not end the engine
+            logger.exception("the drafter failed")
+            slot.context_length = 0
+            self.roster.fail(sequence.state, InternalError(f"the drafter failed: {error}"))
 
     def _observe(self, sequence: SequenceState, block: Block, accepted: int) -> None:
         if self._observer is None or block.confidence_logits is None:

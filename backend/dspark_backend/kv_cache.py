@@ -194,7 +194,8 @@ class KvCache:
     def scrub(self, slot: Slot) -> None:
         """Forget the rows of a slot in memory, too: a NaN among them would reach later sequences through the mask."""
         slot.truncate(0)
-        self._reallocate(self.capacity)
+        for stage in self._stages:
+            stage.clear_rows(slot.index)
 
     def reset(self) -> None:
         """Begin anew with an empty block, whatever state a failed step left. Call only where nobody holds a slot."""

@@ -100,7 +100,7 @@ class EngineMetrics:
         default_factory=lambda: Counter("Time that the cost model predicted for the verification steps.")
     )
     cost_model_error: Gauge = field(
-        default_factory=lambda: Gauge("Running mean of |actual / predicted - 1| of verification steps.")
+        default_factory=lambda: Gauge("Running mean of |predicted / actual - 1| of verification steps.")
     )
     requests_finished_total__stop: Counter = field(default_factory=lambda: _finished("stop"))
     requests_finished_total__length: Counter = field(default_factory=lambda: _finished("length"))

@@ -9,12 +9,16 @@ from dspark_backend.bad_words import BadWords, TokenMask
 from dspark_backend.chat import ChatTemplate
 from dspark_backend.errors import InvalidRequest
 from dspark_backend.request import GenerationRequest
-from dspark_backend.scheduling import DepthPolicy, Off, parse_policy
+from dspark_backend.scheduling import DepthPolicy, Off, Threshold, parse_policy
 from dspark_backend.stages.artifact import VerifierArtifact
 from dspark_backend.tokenizer import Tokenizer
 
 _BYTES_PER_TOKEN = 16
 """Text longer than this for each token of the context cannot fit, and is refused before it costs time."""
+
+
+SEEDED = Threshold(0.4)
+"""Verification depth of seeded sampled requests under an adaptive engine."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +104,16 @@ class Preparer:
             prompt_text=prompt_text if request.echo else "",
             max_tokens=max_tokens,
             mask=mask,
-            policy=self._policy(request.draft_policy),
+            policy=self._policy(request),
         )
 
-    def _policy(self, wanted: str | None) -> DepthPolicy:
-        """The request's own policy or the engine's; without a drafter there is only ``off``."""
+    def _policy(self, request: GenerationRequest) -> DepthPolicy:
+        """The request's own policy or the engine's; without a drafter there is only ``off``.
+
+        A sampled request with a seed that names no policy gets SEEDED instead of an adaptive one: its depths depend on
+        its own drafts alone, so that the seed decides the tokens whatever else runs.
+        """
+        wanted = request.draft_policy
         try:
             policy = self._default_policy if wanted is None else parse_policy(wanted)
         except ValueError as error:
@@ -113,7 +122,11 @@ class Preparer:
             if policy is not None and policy.drafts:
                 raise InvalidRequest(f"draft_policy: expected off, this server runs without a drafter, got {wanted!r}")
             return Off()
-        return policy or Off()
+        if policy is None or request.max_draft_tokens == 0:
+            return Off()
+        if wanted is None and policy.adaptive and request.sampling.seed is not None and not request.sampling.greedy:
+            return SEEDED
+        return policy
 
     def _prompt(self, request: GenerationRequest) -> tuple[Sequence[int], str]:
         if request.input_ids is not None:

@@ -53,7 +53,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted once for each occurrence in the output."""
     seed: int | None = None
-    """None draws one at random."""
+    """Makes a sampled answer reproducible whatever else runs; None draws one at random. Of no effect where the request
+    itself asks for the policy causal or lagged."""
 
     @property
     def greedy(self) -> bool:

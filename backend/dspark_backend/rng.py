@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
-from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -25,28 +23,15 @@ class Purpose(IntEnum):
     """The token that replaces a rejected draft."""
 
 
-def stream_context(prompt_ids: Sequence[int], twin: int) -> int:
-    """What to mix into a request's streams beside its seed: its prompt, and which of several live twins it is.
-
-    Clients like to send one seed with everything. Two live requests must not draw the same numbers all the same: the
-    scheduler weighs one's confidences against the other's, and a confidence that knows the other's draws looks ahead.
-    """
-    digest = hashlib.blake2b(np.asarray(prompt_ids, dtype=np.int64).tobytes(), digest_size=8)
-    digest.update(twin.to_bytes(4, "little"))
-    return int.from_bytes(digest.digest(), "little")
-
-
 class RngStreams:
-    """One generator for each purpose: a function of (seed, sequence index, context), not of what else is in the batch.
+    """One generator for each purpose: a function of (seed, sequence index), not of what else is in the batch.
 
     Acceptance must not share a stream with drafting: a number that chose a token may not decide over it as well.
     ``seed`` is an unsigned 64-bit integer; None draws one from the operating system (and ``seed`` tells which).
-    Each stream is consumed in order; ``uniform`` n times equals ``uniforms`` of n. ``context`` keeps requests with one
-    seed apart: see :func:`stream_context`.
+    Each stream is consumed in order; ``uniform`` n times equals ``uniforms`` of n.
     """
 
-    def __init__(self, seed: int | None, sequence_index: int = 0, context: int = 0) -> None:
-        self._context = context
+    def __init__(self, seed: int | None, sequence_index: int = 0) -> None:
         self.seed = secrets.randbits(64) if seed is None else seed
         self.sequence_index = sequence_index
         self._generators: dict[Purpose, np.random.Generator] = {}
@@ -55,8 +40,7 @@ class RngStreams:
         """The stream itself, made at its first use."""
         generator = self._generators.get(purpose)
         if generator is None:
-            entropy = [self.seed, self._context] if self._context else self.seed
-            sequence = np.random.SeedSequence(entropy, spawn_key=(self.sequence_index, int(purpose)))
+            sequence = np.random.SeedSequence(self.seed, spawn_key=(self.sequence_index, int(purpose)))
             generator = self._generators[purpose] = np.random.Generator(np.random.PCG64(sequence))
         return generator
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 
@@ -32,8 +31,6 @@ class Roster:
 
     def join(self, state: RequestState) -> None:
         """Queue every sequence of a request."""
-        taken = {other.twin for other in self.requests if state.is_twin_of(other)}
-        state.twin = next(number for number in itertools.count() if number not in taken)
         self.requests.add(state)
         try:
             for index in range(state.prepared.request.num_sequences):

@@ -95,7 +95,8 @@ class EngineRunner:
             if not self._accepting:
                 self.metrics.requests_finished_total__rejected.add(request.num_sequences)
                 raise QueueFull("the server is shutting down; try another one")
-            waiting = len(self._inbox) + self._engine.num_waiting
+            # What came since the last step waits only as far as there is no slot for it.
+            waiting = max(0, len(self._inbox) - self._engine.num_free) + self._engine.num_waiting
             if waiting >= limit:
                 self.metrics.requests_finished_total__rejected.add(request.num_sequences)
                 raise QueueFull(

@@ -14,7 +14,7 @@ from dspark_backend.errors import DSparkError, InternalError
 from dspark_backend.kv_cache import Slot
 from dspark_backend.penalties import SamplingContext
 from dspark_backend.preparation import PreparedRequest
-from dspark_backend.rng import RngStreams, stream_context
+from dspark_backend.rng import RngStreams
 from dspark_backend.stop_strings import StopStrings
 from dspark_backend.tokenizer import Tokenizer
 
@@ -42,23 +42,9 @@ class RequestState:
     """Set by any thread; the engine looks at the start of each step."""
     open: int = 0
     """Sequences not yet finished."""
-    twin: int = 0
-    """Tells requests with the same seed and prompt apart that are in the engine together; 0 for the first."""
 
     def __post_init__(self) -> None:
         self.open = self.prepared.request.num_sequences
-
-    def is_twin_of(self, other: RequestState) -> bool:
-        """Whether both would draw the same numbers, with depths that depend on each other."""
-        mine, others = self.prepared, other.prepared
-        return (
-            mine.policy.adaptive
-            and others.policy.adaptive
-            and not mine.request.sampling.greedy
-            and mine.request.sampling.seed is not None
-            and mine.request.sampling.seed == others.request.sampling.seed
-            and mine.prompt_ids == others.prompt_ids
-        )
 
     @property
     def deadline_ns(self) -> int | None:
@@ -87,7 +73,9 @@ class SequenceState:
         self.slot: Slot | None = None
         self.prefill_started = False
         self.context = SamplingContext(prompt)
-        self.rng = RngStreams(request.sampling.seed, index, stream_context(prompt, state.twin))
+        # Depths that weigh requests against each other must know nothing of what these numbers will decide. Requests
+        # with one seed, together or one after another, would tell: under an adaptive policy it has no effect.
+        self.rng = RngStreams(None if state.prepared.policy.adaptive else request.sampling.seed, index)
         self.finish_reason: FinishReason | None = None
         self.draft = DraftState()
         self.rounds = 0

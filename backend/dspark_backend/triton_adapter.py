@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,13 @@ logger = logging.getLogger(__name__)
 
 _DRAIN_SECONDS = 3.0
 _CANCEL_POLL_SECONDS = 0.05
+
+
+def _guarded(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Exception:  # see _talk
+        logger.exception("the sending thread met an error")
 
 
 @dataclass(eq=False)
@@ -105,29 +113,29 @@ class DSparkModel:
             raise
 
     def _talk(self, publisher: MetricsPublisher, interval: float) -> None:
+        """The sending thread. Nothing may end it: every client would wait for ever."""
         next_poll = next_metrics = time.monotonic()
         while True:
             now = time.monotonic()
             if now >= next_poll:
-                self._cancel_abandoned()
+                _guarded(self._cancel_abandoned)
                 next_poll = now + _CANCEL_POLL_SECONDS
             if now >= next_metrics:
-                publisher.publish()
+                _guarded(publisher.publish)
                 next_metrics = now + interval
             for parcel in self._outbox.take(max(0.0, min(next_poll, next_metrics) - time.monotonic())):
                 self._send(parcel.owner, parcel.result, parcel.last)
             if self._outbox.closed:
-                publisher.publish()
+                _guarded(publisher.publish)
                 return
 
     def _send(self, call: _Call, result: list[Delta] | DSparkError, last: bool) -> None:
-        if isinstance(result, DSparkError):
-            response = pb_utils.InferenceResponse(error=triton_error(result))
-        else:
-            response = pb_utils.InferenceResponse(
-                [pb_utils.Tensor(name, array) for name, array in render(result).items()]
-            )
         try:
+            if isinstance(result, DSparkError):
+                response = pb_utils.InferenceResponse(error=triton_error(result))
+            else:
+                tensors = [pb_utils.Tensor(name, array) for name, array in render(result).items()]
+                response = pb_utils.InferenceResponse(tensors)
             call.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
         except Exception:  # the other requests' answers must go out
             logger.exception("a response could not be sent")

@@ -21,6 +21,9 @@ _CODES = {
 }
 
 
+_TRITONS_OWN = frozenset({"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "TRITON_AUTO_COMPLETE_CONFIG"})
+
+
 def triton_error(error: DSparkError) -> Any:
     """Triton's error of ours: the code, and a message that starts with the status in brackets."""
     code = getattr(pb_utils.TritonError, _CODES[error.status])
@@ -28,9 +31,9 @@ def triton_error(error: DSparkError) -> Any:
 
 
 def read_parameters(args: dict[str, str]) -> dict[str, str]:
-    """The ``parameters`` of config.pbtxt, but for those of Triton's own Python backend, which are in capitals."""
+    """The ``parameters`` of config.pbtxt, but for those of Triton's own Python backend."""
     parameters = json.loads(args["model_config"]).get("parameters", {})
-    return {key: entry["string_value"] for key, entry in parameters.items() if not key.isupper()}
+    return {key: entry["string_value"] for key, entry in parameters.items() if key not in _TRITONS_OWN}
 
 
 def model_folder(args: dict[str, str]) -> Path:

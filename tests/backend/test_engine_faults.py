@@ -153,3 +153,28 @@ class TestFaults:
         assert all(isinstance(sink.failure, InternalError) for sink in sinks)
         assert driver.engine.idle
         self.goes_on(artifact, driver)
+
+
+@pytest.mark.parametrize("rounds_before", [0, 3])
+def test_neighbours_of_a_poisoned_sequence_lose_nothing(artifact, rounds_before):
+    """The victim stands before them in the batch: their rows of that very step are not committed yet when it falls."""
+    driver = TestFaults.driver(artifact)
+    neighbours = [ids(*prompt(index, 9 + index), max_tokens=60, log_probs=True) for index in (1, 2)]
+    _, victim = driver.submit(ids(*PROMPT, max_tokens=60))
+    sinks = [driver.submit(one)[1] for one in neighbours]
+    for _ in range(rounds_before):
+        driver.engine.step()
+
+    def poison(batch, output):
+        driver.stage.after = lambda _, unchanged: unchanged
+        output.logits[0] = math.nan
+        return output
+
+    driver.stage.after = poison
+    while not driver.engine.idle:
+        driver.engine.step()
+    assert isinstance(victim.failure, InternalError)
+    for wanted, sink in zip(neighbours, sinks, strict=True):
+        expected = alone(artifact, wanted)
+        assert sink.tokens() == expected.tokens()
+        assert sink.log_probs() == expected.log_probs()

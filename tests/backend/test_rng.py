@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dspark_backend.rng import Purpose, RngStreams, stream_context
+from dspark_backend.rng import Purpose, RngStreams
 
 COUNT = 100_000
 
@@ -77,13 +77,3 @@ def test_no_seed_draws_one_and_tells_it():
 @pytest.mark.parametrize("seed", [0, 2**32, 2**64 - 1])
 def test_any_unsigned_64_bit_seed(seed):
     assert 0 <= RngStreams(seed, 63).uniform(Purpose.RESIDUAL) < 1
-
-
-def test_context_keeps_requests_with_one_seed_apart():
-    contexts = [stream_context(prompt, twin) for prompt in ((1, 2), (1, 3), (2, 1)) for twin in (0, 1)]
-    assert len(set(contexts)) == 6
-    assert stream_context([1, 2], 0) == stream_context((1, 2), 0)
-    firsts = [RngStreams(42, 0, context).uniform(Purpose.DRAFT) for context in [0, *contexts]]
-    assert len(set(firsts)) == 7
-    again = [RngStreams(42, 0, context).uniform(Purpose.DRAFT) for context in [0, *contexts]]
-    assert firsts == again

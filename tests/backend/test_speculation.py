@@ -270,11 +270,37 @@ def test_a_cost_model_that_proves_wrong_is_forgotten(golden_artifacts, golden_dr
     assert "the next load measures again" in caplog.text
 
 
-def test_twins_in_flight_draw_different_numbers(speculating):
-    """One seed, one prompt, depths that depend on each other: they must not share draws. Alone, the seed decides."""
-    wanted, _ = golden_request("qwen3_vanilla", temperature=1.0, seed=3, draft_policy="causal")
-    driver = speculating()
-    states = [driver.submit(wanted)[0] for _ in range(3)]
-    assert [state.twin for state in states] == [0, 1, 2]
-    static, _ = golden_request("qwen3_vanilla", temperature=1.0, seed=3, draft_policy="fixed:2")
-    assert [driver.submit(static)[0].twin for _ in range(2)] == [0, 0]
+def test_a_seed_decides_where_depths_are_a_requests_own(speculating):
+    """Under an adaptive engine a seeded sampled request gets a policy of its own; one that insists has no seed."""
+    seeded, _ = golden_request("qwen3_vanilla", temperature=1.0, seed=3)
+    insisting, _ = golden_request("qwen3_vanilla", temperature=1.0, seed=3, draft_policy="causal")
+    driver = speculating(policy="causal")
+    alone = speculating(policy="lagged").run(seeded)[0].tokens()
+    batch = driver.run(seeded, *mixed_requests(), seeded, insisting, insisting)
+    assert batch[0].tokens() == batch[-3].tokens() == alone
+    assert batch[-1].tokens() != batch[-2].tokens()
+    greedy = golden_request("qwen3_vanilla", seed=3)[0]
+    assert driver.preparer.prepare(greedy).policy.adaptive
+    assert driver.preparer.prepare(insisting).policy.adaptive
+
+
+def test_no_drafts_means_no_drafter(speculating, monkeypatch):
+    driver = speculating(policy="causal", prefill_chunk=50)
+    monkeypatch.setattr(driver.drafter, "commit_context", None)
+    monkeypatch.setattr(driver.drafter, "draft", None)
+    (sink,) = driver.run(ids(*prompt(3, 400), max_tokens=5, max_draft_tokens=0))
+    assert len(sink.tokens()) == 5
+
+
+def test_a_failing_context_commit_costs_its_request_alone(speculating, monkeypatch):
+    driver = speculating(policy="fixed:2", prefill_chunk=100, prefill_chunk_busy=100)
+
+    def fail(rows):
+        raise RuntimeError("no context today")
+
+    monkeypatch.setattr(driver.drafter, "commit_context", fail)
+    off, golden = golden_request("qwen3_vanilla", draft_policy="off")
+    plain, lost = driver.run(off, ids(*prompt(3, 400), max_tokens=10))
+    assert plain.tokens() == golden["greedy"].tolist()
+    assert isinstance(lost.failure, InternalError) and "no context today" in str(lost.failure)
+    assert not driver.engine.cache.active

@@ -36,6 +36,9 @@ class WrappedStage:
     def copy_rows(self, move: RowMove) -> None:
         self.inner.copy_rows(move)
 
+    def clear_rows(self, slot: int) -> None:
+        self.inner.clear_rows(slot)
+
     def step(self, batch: StepBatch) -> StepOutput:
         self.batches.append(batch)
         self.before(batch)
@@ -69,6 +72,9 @@ class StorageStage:
     def copy_rows(self, move: RowMove) -> None:
         self.copied.append(move)
         self.rows[move.target, : move.length] = self.rows[move.source, : move.length]
+
+    def clear_rows(self, slot: int) -> None:
+        self.rows[slot] = 0
 
     def write(self, slot: int, start: int, values: Sequence[float]) -> None:
         assert start + len(values) <= self.rows.shape[1], "a step beyond the capacity"

@@ -73,7 +73,10 @@ def _readiness(client: Any, model: str | None, timeout: float) -> str:
 
 
 def _inference(client: Any, model: str, timeout: float) -> str:
-    declared = {tensor.name: len(tensor.shape) for tensor in client.get_model_metadata(model).inputs}
+    declared = {
+        tensor.name: len(tensor.shape)
+        for tensor in client.get_model_metadata(model, client_timeout=max(timeout, 0.001)).inputs
+    }
     if "input_ids" not in declared or "max_tokens" not in declared:
         return f"model {model} takes no input_ids and max_tokens: not a dspark model"
     inputs = [_tensor("input_ids", PROBE_TOKEN, declared), _tensor("max_tokens", 1, declared)]

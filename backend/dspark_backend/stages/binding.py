@@ -95,6 +95,10 @@ class SlotArrays:
         for array in self.arrays:
             array[move.target, :, : move.length] = array[move.source, :, : move.length]
 
+    def clear_rows(self, slot: int) -> None:
+        for array in self.arrays:
+            array[slot] = 0.0
+
     def clear(self) -> None:
         """Give the memory back."""
         self.allocate(0, 0, ())

@@ -66,6 +66,9 @@ class OnnxRuntimeDrafter:
     def copy_rows(self, move: RowMove) -> None:
         self._cache.copy_rows(move)
 
+    def clear_rows(self, slot: int) -> None:
+        self._cache.clear_rows(slot)
+
     def commit_context(self, context: ContextRows) -> None:
         first, last = int(context.slots.min()), int(context.slots.max())
         self._context.cache(self._cache, first, last - first + 1)

@@ -46,6 +46,9 @@ class OnnxRuntimeVerifier:
     def copy_rows(self, move: RowMove) -> None:
         self._cache.copy_rows(move)
 
+    def clear_rows(self, slot: int) -> None:
+        self._cache.clear_rows(slot)
+
     def step(self, batch: StepBatch) -> StepOutput:
         first, last = int(batch.slots.min()), int(batch.slots.max())
         rows = batch.slots[batch.segment_of] - first

@@ -27,6 +27,9 @@ class VerifierStage(Protocol):
     def copy_rows(self, move: RowMove) -> None:
         """Copy cached rows between slots."""
 
+    def clear_rows(self, slot: int) -> None:
+        """Overwrite all rows of a slot with zeros."""
+
     def step(self, batch: StepBatch) -> StepOutput:
         """Run the model over a batch. Positions must lie below the capacity."""
 
@@ -50,6 +53,9 @@ class DrafterStage(Protocol):
 
     def copy_rows(self, move: RowMove) -> None:
         """Copy cached rows between slots."""
+
+    def clear_rows(self, slot: int) -> None:
+        """Overwrite all rows of a slot with zeros."""
 
     def commit_context(self, context: ContextRows) -> None:
         """Put rows into the cache without drafting."""
