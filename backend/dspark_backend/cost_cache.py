@@ -25,7 +25,9 @@ _RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "tensorrt")
 
 
 def default_cache_directory() -> Path | None:
-    """``$XDG_CACHE_HOME/dspark/cost`` or ``~/.cache/dspark/cost``; None where the user has no home."""
+    """``cost`` in ``$DSPARK_CACHE``, ``$XDG_CACHE_HOME/dspark`` or ``~/.cache/dspark``; None where there is no home."""
+    if given := os.environ.get("DSPARK_CACHE"):
+        return Path(given).expanduser().resolve() / "cost"
     root = os.environ.get("XDG_CACHE_HOME", "")
     try:
         # The specification tells to ignore a relative path.

@@ -50,6 +50,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DSPARK_CACHE") or f"{base}/dspark").expanduser().resolve()
 
 
+def make_folder(run: Path) -> None:
+    """Raises:
+    QuickstartError: the cache is not a folder, or not one that can be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QuickstartError(
+            f"{run} cannot be made ({os.strerror(error.errno or 0)}): name a folder that you can write in DSPARK_CACHE"
+        ) from error
+
+
 def check_ports(base: int, run: Path) -> None:
     """Raises:
     QuickstartError: names the port that is taken, before anything is prepared.
@@ -134,7 +146,7 @@ def main() -> int:
                 return 0
             server.stop_recorded(running, run)
             return 0
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         with sole(run / "lock", f"another quickstart is starting or running at port {options.port_base}"):
             return start(options, cache, run)
     except (QuickstartError, OSError) as error:

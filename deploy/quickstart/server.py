@@ -99,11 +99,13 @@ class Server:
             stage("starting Triton and loading the model", lambda: last_line(self.messages)),
             subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as probe,
         ):
-            while probe.poll() is None:
-                if self._process.poll() is not None:
-                    probe.terminate()
-                    raise QuickstartError(f"the server ended while it started\n{self.why()}")
-                time.sleep(0.1)
+            try:
+                while probe.poll() is None:
+                    if self._process.poll() is not None:
+                        raise QuickstartError(f"the server ended while it started\n{self.why()}")
+                    time.sleep(0.1)
+            finally:
+                probe.terminate()  # a signal to this process alone does not reach it
             answer = probe.stdout.read().strip() if probe.stdout else ""
             if probe.returncode != 0:
                 raise QuickstartError(f"the server cannot infer: {answer}\n{self.why()}")

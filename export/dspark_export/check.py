@@ -76,25 +76,24 @@ def check_drafter(directory: Path, verifier_directory: Path) -> None:
 
 
 def _draft_once(stage: OnnxRuntimeDrafter, split: int) -> DraftOutput:
-    """A block behind _TOKENS context rows, the first ``split`` of them through the context graph where fewer."""
+    """A block behind some context rows, the first ``split`` of them through the context graph where fewer."""
     artifact, random = stage.artifact, np.random.default_rng(0)
-    features = random.standard_normal(
-        (_TOKENS, len(artifact.target_layer_ids) * artifact.hidden_size), dtype=np.float32
-    )
-    stage.allocate(1, _TOKENS + artifact.block_size, ())
+    count = min(_TOKENS, artifact.max_context)
+    features = random.standard_normal((count, len(artifact.target_layer_ids) * artifact.hidden_size), dtype=np.float32)
+    stage.allocate(1, count + artifact.block_size, ())
 
     def rows(start: int, end: int) -> ContextRows:
         return ContextRows(features[start:end], np.arange(start, end), np.zeros(end - start, dtype=np.int64))
 
-    if split < _TOKENS:
+    if split < count:
         stage.commit_context(rows(0, split))
     ones = np.ones(1, dtype=np.float32)
     return stage.draft(
         DraftBatch(
-            context=rows(split if split < _TOKENS else 0, _TOKENS),
+            context=rows(split if split < count else 0, count),
             anchors=np.array([1]),
             slots=np.array([0]),
-            starts=np.array([_TOKENS]),
+            starts=np.array([count]),
             uniforms=np.full((1, artifact.block_size), 0.5, dtype=np.float32),
             temperature=ones,
             top_k=np.array([artifact.num_candidates]),

@@ -21,7 +21,7 @@ from dspark_export.errors import ExportError
 from dspark_export.graph.drafter import DrafterGraph
 from dspark_export.graph.head import MAX_CANDIDATES
 from dspark_export.graph.tape import save_graph
-from dspark_export.publish import Progress, file_sizes, published, tool_versions
+from dspark_export.publish import Progress, file_digests, file_sizes, published, tool_versions
 from dspark_export.source import source_hash
 from dspark_export.verifier import DTYPES
 from dspark_export.weights import WeightSource
@@ -87,6 +87,7 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
             source_hash=source_hash(weights.files),
             tool_versions=tool_versions(),
             files=file_sizes(work),
+            digests=file_digests(work),
         )
         save_artifact(artifact, work)
         progress("check the written graphs", 0.0)

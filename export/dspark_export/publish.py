@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -51,6 +52,15 @@ def tool_versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return versions
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file of a scratch folder, by name."""
+    digests = {}
+    for file in sorted(directory.iterdir()):
+        with file.open("rb") as stream:
+            digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests
 
 
 def file_sizes(directory: Path) -> dict[str, int]:

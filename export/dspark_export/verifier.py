@@ -15,7 +15,7 @@ from dspark_export.gguf_tokenizer import write_tokenizer
 from dspark_export.graph.tape import save_graph
 from dspark_export.graph.verifier import EMBEDDING, HEAD, VerifierGraph
 from dspark_export.hf_tokenizer import copy_tokenizer
-from dspark_export.publish import Progress, file_sizes, published, tool_versions
+from dspark_export.publish import Progress, file_digests, file_sizes, published, tool_versions
 from dspark_export.source import open_weights, resolve_model, source_hash
 from dspark_export.tokenizer_info import TokenizerInfo
 from dspark_export.weights import WeightSource
@@ -97,6 +97,7 @@ def export_verifier(options: VerifierExport, progress: Progress) -> VerifierArti
             source_hash=digest,
             tool_versions=tool_versions(),
             files=file_sizes(work),
+            digests=file_digests(work),
         )
         save_artifact(artifact, work)
         progress("check the written graph", 0.0)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import artifacts
-import numpy as np
 import pytest
 from engines import Driver, ids, mixed_requests, prompt
-from random_drafter import write_random_drafter
 from speculation import CHEAP, DEAR, POLICIES, SpeculatingDriver
 
 from dspark_backend.cost_cache import CostCache
@@ -62,15 +60,16 @@ def test_greedy_text_is_the_same_under_every_policy(speculating, name, policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_sixteen_at_once_mixed_with_sampled_ones(speculating, golden_artifacts, policy):
+@pytest.mark.parametrize("name", artifacts.GOLDEN_NAMES)
+def test_sixteen_at_once_mixed_with_sampled_ones(speculating, golden_artifacts, name, policy):
     greedy = [ids(*prompt(index, 5 + 11 * index), max_tokens=8 + 2 * index) for index in range(8)]
     sampled = [
         ids(*prompt(50 + index, 9), max_tokens=20, temperature=0.5 + 0.2 * index, top_p=0.9, seed=index)
         for index in range(8)
     ]
-    expected = [sink.tokens() for sink in Driver(golden_artifacts["qwen3_vanilla"]).run(*greedy)]
+    expected = [sink.tokens() for sink in Driver(golden_artifacts[name]).run(*greedy)]
     mixture = [request for pair in zip(greedy, sampled, strict=True) for request in pair]
-    driver = speculating(policy=policy)
+    driver = speculating(name, policy=policy)
     sinks = driver.run(*mixture)
     assert [sink.tokens() for sink in sinks[::2]] == expected
     assert all(len(sink.tokens()) == 20 for sink in sinks[1::2])
@@ -238,21 +237,6 @@ def test_policies_are_checked(speculating, golden_artifacts):
         speculating().submit(golden_request("qwen3_vanilla", draft_policy="fastest")[0])
     with pytest.raises(InvalidRequest, match="draft_policy: expected off, this server runs without a drafter"):
         Driver(golden_artifacts["qwen3_vanilla"]).submit(golden_request("qwen3_vanilla", draft_policy="causal")[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
-def test_smollm2_with_an_untrained_drafter(smollm2_artifact, tmp_path, head):
-    checkpoint = write_random_drafter(smollm2_artifact, tmp_path / "checkpoint", head=head)
-    export_drafter(DrafterExport(checkpoint, smollm2_artifact, tmp_path / "drafter"), artifacts.silent)
-    texts = ("Why is the sky blue?", "def fibonacci(n):", "Once upon a time", "1 + 1 =")
-    requests = [ids(*np.frombuffer(text.encode(), np.uint8).tolist(), max_tokens=24) for text in texts]
-    settings = {"threads": 2, "kv_budget_mib": 1024}
-    expected = [sink.tokens() for sink in Driver(smollm2_artifact, **settings).run(*requests)]
-    for policy in ("fixed:4", "threshold:0.1", "causal", "lagged"):
-        driver = SpeculatingDriver(smollm2_artifact, tmp_path / "drafter", policy=policy, **settings)
-        assert [sink.tokens() for sink in driver.run(*requests)] == expected
-        assert driver.engine.metrics.spec_decode_num_drafts_total.value > 0
 
 
 def test_a_cost_model_that_proves_wrong_is_forgotten(golden_artifacts, golden_drafters, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -118,7 +119,16 @@ class TestFiles:
         refused(artifact, f"expected {len(content)} bytes as stage.json says, found {len(content) + by}; .*corrupt")
 
 
+def test_garbage_that_stage_json_vouches_for(artifact):
+    stage = json.loads((artifact / STAGE_FILE).read_text())
+    garbage = b"\x93" * stage["files"]["model.onnx"]
+    (artifact / "model.onnx").write_bytes(garbage)
+    stage["digests"]["model.onnx"] = hashlib.sha256(garbage).hexdigest()
+    (artifact / STAGE_FILE).write_text(json.dumps(stage))
+    refused(artifact, "model.onnx: ONNX Runtime cannot load the graph")
+
+
 def test_garbage_of_the_right_size(artifact):
     size = (artifact / "model.onnx").stat().st_size
     (artifact / "model.onnx").write_bytes(b"\x93" * size)
-    refused(artifact, "model.onnx: ONNX Runtime cannot load the graph")
+    refused(artifact, "model.onnx: expected the contents that stage.json names by their SHA-256")

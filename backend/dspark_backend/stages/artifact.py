@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,7 +17,7 @@ import numpy as np
 from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.batch import FloatArray
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STAGE_FILE = "stage.json"
 
 
@@ -34,6 +35,8 @@ class TensorLocation:
     def read(self, directory: Path) -> FloatArray:
         """The tensor as float32; memory-mapped where it is stored so."""
         kinds = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+        if self.dtype not in kinds:
+            raise ArtifactError(f"{directory / self.file}: expected one of {', '.join(kinds)}, got {self.dtype!r}")
         stored = np.memmap(directory / self.file, kinds[self.dtype], "r", self.offset, self.shape)
         if self.dtype == "float32":
             return stored
@@ -76,6 +79,8 @@ class VerifierArtifact:
     tool_versions: dict[str, str]
     files: dict[str, int]
     """Every other file of the artifact with its size in bytes."""
+    digests: dict[str, str]
+    """SHA-256 of each of them, 64 hex digits."""
     kind: str = "verifier"
     format_version: int = FORMAT_VERSION
 
@@ -119,6 +124,7 @@ class DrafterArtifact:
     source_hash: str
     tool_versions: dict[str, str]
     files: dict[str, int]
+    digests: dict[str, str]
     kind: str = "drafter"
     format_version: int = FORMAT_VERSION
 
@@ -137,20 +143,20 @@ def save_artifact(artifact: VerifierArtifact | DrafterArtifact, directory: Path)
     (directory / STAGE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def load_verifier_artifact(directory: Path) -> VerifierArtifact:
-    """Read and check the artifact in a directory.
+def load_verifier_artifact(directory: Path, check_contents: bool = True) -> VerifierArtifact:
+    """Read and check the artifact in a directory. ``check_contents=False`` spares reading files checked just before.
 
     Raises:
-        ArtifactError: no stage.json, not one of a verifier, of another format, or a file is missing or of another size.
+        ArtifactError: no stage.json, not one of a verifier, of another format, or a file is missing or damaged.
     """
     hint = f"export the model again: dspark-export verifier --model MODEL --out {directory}"
-    return _load(directory, VerifierArtifact, hint)
+    return _load(directory, VerifierArtifact, hint, check_contents)
 
 
 def load_drafter_artifact(directory: Path) -> DrafterArtifact:
     """Read and check the artifact in a directory. Raises ArtifactError as for a verifier."""
     hint = f"export it again: dspark-export drafter --checkpoint PATH --verifier DIR --out {directory}"
-    return _load(directory, DrafterArtifact, hint)
+    return _load(directory, DrafterArtifact, hint, True)
 
 
 def mismatch(
@@ -197,7 +203,7 @@ _JSON_TYPES: dict[str, type] = {"int": int, "str": str, "bool": bool, "dict": di
 """Type in the dataclass -> type in JSON, for fields that cannot be null."""
 
 
-def _load(directory: Path, kind: type[Artifact], hint: str) -> Artifact:
+def _load(directory: Path, kind: type[Artifact], hint: str, check_contents: bool) -> Artifact:
     path = directory / STAGE_FILE
     name = str(kind.__dataclass_fields__["kind"].default)
     if not path.is_file():
@@ -225,6 +231,13 @@ def _load(directory: Path, kind: type[Artifact], hint: str) -> Artifact:
         artifact = kind(**{key: _value(key, raw[key]) for key in names})
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: a tensor's location is incomplete ({error!r}); {hint}") from error
+    _check_files(directory, artifact, hint, check_contents)
+    return artifact
+
+
+def _check_files(
+    directory: Path, artifact: VerifierArtifact | DrafterArtifact, hint: str, check_contents: bool
+) -> None:
     for file_name, size in artifact.files.items():
         file = directory / file_name
         if not file.is_file():
@@ -234,7 +247,14 @@ def _load(directory: Path, kind: type[Artifact], hint: str) -> Artifact:
                 f"{file}: expected {size} bytes as {STAGE_FILE} says, found {file.stat().st_size}; the file is "
                 f"corrupt or of another export; {hint}"
             )
-    return artifact
+        if not check_contents:
+            continue
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != artifact.digests.get(file_name):
+                raise ArtifactError(
+                    f"{file}: expected the contents that {STAGE_FILE} names by their SHA-256, found others; the file "
+                    f"is corrupt or of another export; {hint}"
+                )
 
 
 def _value(key: str, raw: Any) -> Any:

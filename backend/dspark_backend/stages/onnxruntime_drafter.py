@@ -30,7 +30,8 @@ class OnnxRuntimeDrafter:
 
     def __init__(self, directory: Path, verifier_directory: Path, threads: int = 0) -> None:
         self._artifact = load_drafter_artifact(directory)
-        verifier = load_verifier_artifact(verifier_directory)
+        # The verifier's own stage, loaded before or beside this one, reads its files whole.
+        verifier = load_verifier_artifact(verifier_directory, check_contents=False)
         check_pair(self._artifact, verifier)
         head = verifier.head.read(verifier_directory)
         if self._artifact.draft_vocab_size != self._artifact.vocab_size:

@@ -62,12 +62,13 @@ def calibrate(
     report = fit_calibration(RoundTable.of(records), artifact.source_hash)
     report.calibration.save(drafter / CALIBRATION_FILE)
     picture = plot or drafter / "reliability.png"
-    draw_reliability(picture, report.before, report.after)
     console = Console()
     console.print(calibration_table(report.positions))
     for note in report.calibration.notes:
         console.print(f"note: {note}", highlight=False, soft_wrap=True)
-    console.print(f"{drafter / CALIBRATION_FILE} and {picture} written", highlight=False, soft_wrap=True)
+    console.print(f"{drafter / CALIBRATION_FILE} written", highlight=False, soft_wrap=True)
+    draw_reliability(picture, report.before, report.after)
+    console.print(f"drawn in {picture}", highlight=False, soft_wrap=True)
 
 
 def evaluate(
@@ -101,10 +102,10 @@ def evaluate(
     rates = {name: conditional_acceptance(rounds) for name, rounds in tables.items()}
     sweep = threshold_sweep(RoundTable.of(every), calibration)
     out.mkdir(parents=True, exist_ok=True)
-    draw_conditional_acceptance(out / "conditional_acceptance.png", rates)
-    draw_threshold_sweep(out / "threshold_sweep.png", sweep)
     console = Console()
     console.print(accepted_length_table(accepted_lengths(tables)))
     console.print(conditional_acceptance_table(rates))
     console.print(threshold_table(sweep))
+    draw_conditional_acceptance(out / "conditional_acceptance.png", rates)
+    draw_threshold_sweep(out / "threshold_sweep.png", sweep)
     console.print(f"pictures in {out}", highlight=False, soft_wrap=True)
