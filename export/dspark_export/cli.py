@@ -13,6 +13,7 @@ from dspark_export.commands.drafter import drafter
 from dspark_export.commands.profile import profile
 from dspark_export.commands.progress import console
 from dspark_export.commands.speculation import calibrate, evaluate
+from dspark_export.commands.train import train
 from dspark_export.commands.verifier import verifier
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -26,7 +27,7 @@ def root(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what
     )
 
 
-for command in (verifier, drafter, profile, calibrate, evaluate):
+for command in (verifier, drafter, train, profile, calibrate, evaluate):
     app.command()(command)
 
 

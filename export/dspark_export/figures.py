@@ -29,7 +29,7 @@ def draw_reliability(png: Path, before: Sequence[ReliabilityCurve], after: Seque
     regimes = [regime for regime in REGIMES if any(curve.regime == regime for curve in after)]
     positions = sorted({curve.position for curve in after})
     size = (2.1 * len(positions) + 0.8, 2.3 * len(regimes) + 0.6)
-    with _figure(png, size, len(regimes), len(positions)) as panels:
+    with figure_panels(png, size, len(regimes), len(positions)) as panels:
         for curves, colour, label in ((before, _BEFORE, "before"), (after, _AFTER, "after")):
             for curve in curves:
                 axes = panels[regimes.index(curve.regime)][positions.index(curve.position)]
@@ -67,7 +67,7 @@ def draw_conditional_acceptance(png: Path, rates: Mapping[str, Sequence[Conditio
     """
     if not any(rates.values()):
         raise ExportError("expected acceptance rates of at least one prompt file, got none")
-    with _figure(png, (5.2, 3.6), 1, 1) as panels:
+    with figure_panels(png, (5.2, 3.6), 1, 1) as panels:
         axes = panels[0][0]
         for name, row in rates.items():
             cells = [cell for cell in row if not math.isnan(cell.rate)]
@@ -86,7 +86,7 @@ def draw_threshold_sweep(png: Path, rows: Sequence[SweepRow]) -> None:
     """
     if not rows:
         raise ExportError("expected at least one threshold, got none")
-    with _figure(png, (5.2, 3.6), 1, 1) as panels:
+    with figure_panels(png, (5.2, 3.6), 1, 1) as panels:
         left = panels[0][0]
         right = left.twinx()
         thresholds = [row.threshold for row in rows]
@@ -107,7 +107,7 @@ def draw_threshold_sweep(png: Path, rows: Sequence[SweepRow]) -> None:
 
 
 @contextmanager
-def _figure(png: Path, size: tuple[float, float], rows: int, columns: int) -> Iterator[list[list[Any]]]:
+def figure_panels(png: Path, size: tuple[float, float], rows: int, columns: int) -> Iterator[list[list[Any]]]:
     """Panels [rows][columns] that are written to ``png`` at the end."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

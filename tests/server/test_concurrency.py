@@ -27,6 +27,8 @@ SUPPORT = Path(__file__).resolve().parents[1] / "support"
 SUBJECTS = ("sea", "moon", "city", "garden", "winter", "river", "library", "engine")
 OPENINGS = ("The {} is", "In the {} there was", "My favourite {} has", "Nobody knew that the {}")
 ENDS = ("stop", "length", "cancelled", "deadline", "rejected", "error")
+CHAOS_MIB = 16.0
+"""What the model's process may grow by over the 200 requests, the first that its fresh server gets."""
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,7 @@ def test_200_requests_of_clients_that_leave(chaos_server):
         assert client.generate(IDS | {"max_tokens": 4})["output_ids"] == ANSWER
         wait_idle(server)
         stub, regions, before = stub_of(server), regions_of(server), finished(server)
-        threads, files = stub.num_threads(), stub.num_fds()
+        threads, files, memory = stub.num_threads(), stub.num_fds(), stub.memory_info().rss
         rng = random.Random(5)
         jobs = [(rng.choice(BEHAVIOURS), random.Random(index)) for index in range(200)]
         with ThreadPoolExecutor(12) as pool:
@@ -159,6 +161,8 @@ def test_200_requests_of_clients_that_leave(chaos_server):
         assert client.generate(IDS | {"max_tokens": 4})["output_ids"] == ANSWER
     assert stub_of(server).pid == stub.pid
     assert (stub.num_threads(), stub.num_fds()) == (threads, files)
+    grown_mib = (stub.memory_info().rss - memory) / 2**20
+    assert grown_mib < CHAOS_MIB, f"the model's process grew by {grown_mib:.2f} MiB"
     assert regions_of(server) == regions
     assert server.process.poll() is None
 

@@ -1,0 +1,82 @@
+"""The drafter that a run starts with."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark_export.errors import ExportError
+from dspark_export.torch_drafter import TorchDrafter
+from dspark_export.training.export import spec_of
+from dspark_export.training.markov_init import bigram_factors, start_from_bigrams
+from dspark_export.training.settings import TrainSettings
+from dspark_export.training.statistics import TokenStatistics, most_frequent
+from dspark_export.weights import WeightSource
+
+logger = logging.getLogger(__name__)
+
+_QUIET_LOGITS = 0.5
+"""Standard deviation of the untrained backbone's logits where the bigrams are to be heard."""
+
+
+def first_drafter(
+    config: Mapping[str, Any],
+    settings: TrainSettings,
+    shared: tuple[Tensor, Tensor],
+    statistics: TokenStatistics,
+    weights: WeightSource,
+) -> TorchDrafter:
+    """A drafter before its first step. ``shared`` are the target's embedding and LM head; draws from torch's generator.
+
+    Raises:
+        ExportError: layers are to be copied from the target, and theirs have other shapes.
+    """
+    drafter = TorchDrafter(spec_of(config), *shared)
+    ids = np.arange(drafter.spec.decoder.vocab_size)
+    if drafter.d2t is not None:
+        ids = most_frequent(statistics.unigrams, drafter.spec.draft_vocab_size)
+        drafter.d2t.copy_(torch.from_numpy(ids))
+        covered = statistics.unigrams[ids].sum() / statistics.unigrams.sum()
+        logger.info("the draft vocabulary covers %.2f%% of the target's probability", 100 * covered)
+    if settings.init_layers == "target":
+        copy_target_layers(drafter, weights)
+    with torch.no_grad():
+        drafter.markov_head.markov_w2.weight.normal_(0.0, 0.02)
+        head = drafter.lm_head if drafter.d2t is None else drafter.lm_head[drafter.d2t]
+        # The spread of logits of a random direction of unit root mean square.
+        spread = float((head - head.mean(dim=0)).square().sum(dim=1).mean().sqrt())
+        drafter.norm.weight.fill_(min(1.0, _QUIET_LOGITS / max(spread, 1e-6)))
+        if drafter.confidence_head is not None:
+            drafter.confidence_head.proj.weight.zero_()
+            drafter.confidence_head.proj.bias.zero_()
+    if settings.init_markov == "bigram":
+        start_from_bigrams(drafter.markov_head, bigram_factors(statistics, ids, settings.rank, settings.seed))
+    return drafter
+
+
+@torch.no_grad()
+def copy_target_layers(drafter: TorchDrafter, weights: WeightSource) -> None:
+    """Start the layers as the target's last ones.
+
+    Raises:
+        ExportError: a tensor has another shape, as with another --intermediate-size.
+    """
+    first = weights.config["num_hidden_layers"] - drafter.spec.decoder.num_layers
+    if first < 0:
+        raise ExportError(f"--layers: expected at most the target's {weights.config['num_hidden_layers']} to copy")
+    for index, layer in enumerate(drafter.layers):
+        for name, parameter in layer.named_parameters():
+            stored = torch.from_numpy(
+                np.ascontiguousarray(weights.read(f"model.layers.{first + index}.{name}"), np.float32)
+            )
+            if stored.shape != parameter.shape:
+                raise ExportError(
+                    f"--init-layers target: expected {name} of shape {tuple(parameter.shape)}, the target's is "
+                    f"{tuple(stored.shape)}; leave --intermediate-size out"
+                )
+            parameter.copy_(stored)

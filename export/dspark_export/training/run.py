@@ -1,0 +1,293 @@
+"""A whole run: text is generated and trained on in turns, measured, and kept on disk at every moment."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dspark_backend.stages.artifact import VerifierArtifact, load_verifier_artifact
+from dspark_backend.stages.batch import FloatArray
+from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
+from dspark_export.errors import ExportError
+from dspark_export.torch_drafter import TorchDrafter
+from dspark_export.training.beginning import first_drafter
+from dspark_export.training.checkpoint import (
+    CHECKPOINT_FILE,
+    Checkpoint,
+    Position,
+    check_identity,
+    load_checkpoint,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from dspark_export.training.corpus import HELD_OUT, Corpus
+from dspark_export.training.curves import (
+    HELD_OUT_FILE,
+    STEP_COLUMNS,
+    STEPS_FILE,
+    Curve,
+    draw_curves,
+    held_out_columns,
+)
+from dspark_export.training.export import drafter_config, open_target, pick_mask_token, spec_of, write_checkpoint_folder
+from dspark_export.training.features import TargetPass
+from dspark_export.training.generate import Generator, Stopped
+from dspark_export.training.heldout import HeldOut, HeldOutReport
+from dspark_export.training.schedule import learning_rate
+from dspark_export.training.settings import TrainSettings
+from dspark_export.training.shard import Dialogue
+from dspark_export.training.statistics import count_tokens
+from dspark_export.training.trainer import StepReport, Trainer, faster_precision
+from dspark_export.training.user_turns import UserTurns
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_HOURS = 1.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """What a run is doing, for whoever watches."""
+
+    what: str
+    done: float
+    """Fraction of the whole run."""
+    position: Position
+    last: StepReport | None
+    held_out: HeldOutReport | None
+
+    @property
+    def remaining_seconds(self) -> float:
+        """nan while nothing can be said."""
+        return self.position.seconds * (1 - self.done) / self.done if self.done > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """How a sitting ended."""
+
+    position: Position
+    held_out: HeldOutReport
+    finished: bool
+    """The budget is used up; else the run was asked to stop and can be resumed."""
+
+
+class TrainingRun:
+    """One sitting of a run. ``stop`` is asked after steps and while text is generated; ``show`` gets the status."""
+
+    def __init__(self, settings: TrainSettings, stop: Callable[[], bool], show: Callable[[Status], None]) -> None:
+        self._settings = settings
+        self._stop = stop
+        self._show = show
+        self._last: StepReport | None = None
+        self._held_report: HeldOutReport | None = None
+
+    def run(self, resume: bool) -> RunReport:
+        """Train until the budget is used up or ``stop`` says so.
+
+        Raises:
+            ExportError: the options do not fit the target, or ``out`` holds a run and ``resume`` is not set.
+            Stopped: it was asked to stop before the first step; text that was generated is kept.
+        """
+        settings = self._settings
+        artifact = load_verifier_artifact(settings.verifier)
+        stored = self._stored_run(resume, artifact)
+        settings.out.mkdir(parents=True, exist_ok=True)
+        before = torch.get_num_threads()
+        torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
+        turns = UserTurns(settings.verifier, artifact, settings.prompt_tokens)
+        longest = turns.longest + settings.answer_tokens
+        if longest > artifact.max_context:
+            raise ExportError(
+                f"--prompt-tokens and --answer-tokens: with the chat template they make {longest} tokens, the verifier "
+                f"takes {artifact.max_context}; give less"
+            )
+        generator = Generator(settings.verifier, longest, settings.slots, settings.threads)
+        stage = OnnxRuntimeVerifier(settings.verifier, settings.threads)
+        try:
+            self._begin(
+                artifact, stored, Corpus(settings.out / "corpus", turns, generator, settings), TargetPass(stage)
+            )
+            return self._loop()
+        finally:
+            generator.close()
+            stage.close()
+            torch.set_num_threads(before)
+
+    def _stored_run(self, resume: bool, artifact: VerifierArtifact) -> Checkpoint | None:
+        path = self._settings.out / CHECKPOINT_FILE
+        if not path.is_file():
+            return None
+        if not resume:
+            raise ExportError(
+                f"--out {self._settings.out}: it holds a run; continue it with --resume, or choose another"
+            )
+        stored = load_checkpoint(path)
+        check_identity(stored.identity, self._settings.identity(), artifact.source_hash)
+        return stored
+
+    def _begin(
+        self, artifact: VerifierArtifact, stored: Checkpoint | None, corpus: Corpus, target: TargetPass
+    ) -> None:  # fmt: skip
+        """Text to start with, the drafter, and all that a step needs."""
+        settings = self._settings
+        self._began = time.monotonic() - (stored.position.seconds if stored else 0.0)
+        self._position = stored.position if stored else Position()
+        self._corpus, self._verifier_hash = corpus, artifact.source_hash
+        held_out = self._shard(HELD_OUT)
+        embedding = artifact.embedding.read(settings.verifier)
+        shared = (_tensor(embedding), _tensor(artifact.head.read(settings.verifier)))
+        if stored is None:
+            weights = open_target(settings.model, artifact)
+            self._config = drafter_config(weights.config, artifact, settings, pick_mask_token(embedding))
+            first = [
+                dialogue for index in range(settings.first_shards) for dialogue in self._shard(HELD_OUT + 1 + index)
+            ]
+            self._tell("count tokens")
+            statistics = count_tokens(target, first, artifact.vocab_size)
+            torch.manual_seed(settings.seed)
+            np.random.seed(settings.seed)
+            random.seed(settings.seed)
+            drafter = first_drafter(self._config, settings, shared, statistics, weights)
+            precision = faster_precision() if settings.precision == "auto" else settings.precision
+        else:
+            self._config, precision = stored.config, stored.precision
+            drafter = TorchDrafter(spec_of(self._config), *shared)
+            drafter.load_state_dict(stored.model)
+        average = TorchDrafter(spec_of(self._config), *shared)
+        average.load_state_dict(stored.average if stored else drafter.state_dict())
+        target.kept = drafter.d2t
+        self._trainer = Trainer(drafter, average.eval(), target, settings, precision)
+        self._precision = precision
+        if stored is not None:
+            self._trainer.optimiser.load_state_dict(stored.optimiser)
+            restore_random_state(stored.random_state)
+        step = self._position.step
+        self._steps = Curve(settings.out / STEPS_FILE, STEP_COLUMNS, step)
+        self._held_curve = Curve(settings.out / HELD_OUT_FILE, held_out_columns(settings.block_size), step)
+        self._tell("held-out features")
+        self._held_out = HeldOut(target, held_out)
+        self._noted = step if stored is not None else -1
+        self._evaluate()
+
+    def _loop(self) -> RunReport:
+        settings = self._settings
+        saved = measured = time.monotonic()
+        while (progress := self._progress()) < 1.0 and not self._stop():
+            try:
+                self._step(progress)
+            except Stopped:
+                break
+            now = time.monotonic()
+            if now - measured >= 60 * settings.evaluate_minutes:
+                self._evaluate()
+                measured = now
+            if now - saved >= 60 * settings.checkpoint_minutes:
+                self._save()
+                self._draw()
+                saved = now
+        finished = self._progress() >= 1.0
+        # Whoever asked to stop may not wait for the measurement.
+        self._save()
+        report = self._evaluate()
+        self._draw()
+        return RunReport(self._position, report, finished)
+
+    def _step(self, progress: float) -> None:
+        settings, position = self._settings, self._position
+        dialogues = self._round(position.round)
+        chosen = dialogues[position.offset : position.offset + settings.dialogues_per_step]
+        draws = np.random.default_rng([settings.seed, 4, position.step])
+        rate = learning_rate(settings.learning_rate, position.step, settings.warmup_steps, progress)
+        report = self._last = self._trainer.step(chosen, draws, rate, position.step)
+        offset = position.offset + len(chosen)
+        done = offset >= len(dialogues)
+        self._position = Position(
+            step=position.step + 1,
+            round=position.round + done,
+            offset=0 if done else offset,
+            seen_tokens=position.seen_tokens + sum(dialogue.answer_length for dialogue in chosen),
+            seconds=time.monotonic() - self._began,
+        )
+        where = (self._position.step, self._position.seen_tokens, self._position.seconds)
+        self._steps.add(*where, report.loss, report.ce, report.l1, report.confidence, report.gradient_norm, rate)
+        self._tell("train")
+
+    def _round(self, number: int) -> list[Dialogue]:
+        """A new shard mixed with ``passes - 1`` times as many of all dialogues so far, in random order."""
+        new = self._shard(HELD_OUT + 1 + number)
+        random = np.random.default_rng([self._settings.seed, 3, number])
+        known = [dialogue for index in range(number + 1) for dialogue in self._shard(HELD_OUT + 1 + index)]
+        again = random.integers(len(known), size=(self._settings.passes - 1) * len(new))
+        mixed = [*new, *(known[index] for index in again)]
+        return [mixed[index] for index in random.permutation(len(mixed))]
+
+    def _shard(self, index: int) -> list[Dialogue]:
+        return self._corpus.shard(
+            index, self._stop, lambda what, done: self._tell(f"generate {what}, {100 * done:.0f}%")
+        )
+
+    def _progress(self) -> float:
+        settings = self._settings
+        if settings.tokens is not None:
+            return self._position.seen_tokens / (settings.tokens * settings.passes)
+        return self._position.seconds / (3600 * (settings.hours or _DEFAULT_HOURS))
+
+    def _evaluate(self) -> HeldOutReport:
+        """Measure the averaged weights; a point of the curve a step."""
+        self._tell("measure")
+        report = self._held_report = self._held_out.evaluate(self._trainer.average)
+        position = self._position
+        if position.step != self._noted:
+            self._noted = position.step
+            self._held_curve.add(
+                position.step, position.seen_tokens, position.seconds, report.accepted_length, *report.conditional
+            )
+        logger.info("step %d: held-out accepted length %.3f", self._position.step, report.accepted_length)
+        return report
+
+    def _save(self) -> None:
+        """Checkpoint and drafter."""
+        self._tell("save")
+        settings, trainer = self._settings, self._trainer
+        self._position = replace(self._position, seconds=time.monotonic() - self._began)
+        average: dict[str, Tensor] = trainer.average.state_dict()
+        save_checkpoint(
+            settings.out / CHECKPOINT_FILE,
+            Checkpoint(
+                identity=settings.identity() | {"verifier_hash": self._verifier_hash},
+                config=self._config,
+                precision=self._precision,
+                position=self._position,
+                model=trainer.drafter.state_dict(),
+                average=average,
+                optimiser=trainer.optimiser.state_dict(),
+                random_state=random_state(),
+            ),
+        )
+        write_checkpoint_folder(settings.out, self._config, average, settings.dtype)
+
+    def _draw(self) -> None:
+        try:
+            draw_curves(self._settings.out)
+        except ExportError as error:
+            logger.info("no picture of the curves: %s", error)
+
+    def _tell(self, what: str) -> None:
+        position = replace(self._position, seconds=time.monotonic() - self._began)
+        self._show(Status(what, min(1.0, self._progress()), position, self._last, self._held_report))
+
+
+def _tensor(array: FloatArray) -> Tensor:
+    """A copy: a file that is mapped read-only is no place for a tensor."""
+    return torch.from_numpy(np.array(array, dtype=np.float32))

@@ -1,0 +1,33 @@
+"""What changes along a run: learning rate and weight averaging."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+_FLOOR = 0.05
+
+
+def learning_rate(peak: float, step: int, warmup_steps: int, progress: float) -> float:
+    """Linear over the first steps (from 0), times half a cosine of ``progress`` (0 to 1) down to 5% of the peak."""
+    warm = min(1.0, (step + 1) / (warmup_steps + 1))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return peak * warm * (_FLOOR + (1.0 - _FLOOR) * cosine)
+
+
+def average_decay(decay: float, step: int) -> float:
+    """Decay of the averaged weights at a step: lower at first, so that the start is soon forgotten."""
+    return min(decay, (1.0 + step) / (10.0 + step))
+
+
+@torch.no_grad()
+def update_average(average: Mapping[str, Tensor], current: Mapping[str, Tensor], decay: float) -> None:
+    """average = decay * average + (1 - decay) * current, in place; integer tensors are copied."""
+    for name, value in current.items():
+        if value.is_floating_point():
+            average[name].lerp_(value, 1.0 - decay)
+        else:
+            average[name].copy_(value)

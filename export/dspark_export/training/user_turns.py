@@ -1,0 +1,131 @@
+"""Prompts to answer: from files, and from the target itself, which writes a user turn where one would stand."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dspark_backend.chat import ChatTemplate
+from dspark_backend.errors import InvalidRequest
+from dspark_backend.stages.artifact import VerifierArtifact
+from dspark_backend.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerSettings
+from dspark_export.errors import ExportError
+from dspark_export.prompts import read_prompts
+from dspark_export.training.generate import Continuation
+
+_MARK = "dspark-user-turn"
+_SHORTEST_TURN = 8
+"""Characters."""
+_RAW_TOKENS = 16
+"""Most tokens that start a text where the target has no chat template."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an answer is generated for."""
+
+    token_ids: tuple[int, ...]
+    key: int
+    """Equal for prompts that differ in case and white space only."""
+
+
+def prompt_key(text: str) -> int:
+    """64 bits of a text, blind to case and to how it is spaced."""
+    normal = " ".join(text.casefold().split())
+    return int.from_bytes(hashlib.blake2b(normal.encode(), digest_size=8).digest(), "little")
+
+
+class UserTurns:
+    """Makes prompts for one target. Without a chat template a prompt is the beginning of a text."""
+
+    def __init__(self, verifier: Path, artifact: VerifierArtifact, prompt_tokens: int) -> None:
+        """``prompt_tokens``: most tokens of a prompt, the template's own not counted."""
+        self._vocab_size = artifact.vocab_size
+        self._bos = artifact.bos_token_id
+        self._tokenizer: Tokenizer | None = None
+        if (verifier / TOKENIZER_FILE).is_file():
+            settings = TokenizerSettings(artifact.bos_token_id, artifact.eos_token_ids, artifact.add_bos)
+            self._tokenizer = Tokenizer(verifier, settings)
+        self._template = ChatTemplate(artifact.chat_template, artifact.bos_token, artifact.eos_token)
+        self._opening: tuple[int, ...] | None = None
+        overhead = 0
+        if self._tokenizer is not None:
+            opening = self._user_opening()
+            if opening is not None:
+                self._opening = tuple(self._tokenizer.encode(opening, add_special_tokens=False))
+                overhead = len(self._render("") or ())
+        self.prompt_tokens = prompt_tokens
+        self.longest = overhead + prompt_tokens
+
+    def _user_opening(self) -> str | None:
+        """What the template puts before the words of a user; None without a template that takes one."""
+        try:
+            text = self._template.render(json.dumps([{"role": "user", "content": _MARK}]))
+        except InvalidRequest:
+            return None
+        return text[: text.index(_MARK)] if _MARK in text else None
+
+    def _render(self, text: str) -> tuple[int, ...] | None:
+        return self._render_messages(json.dumps([{"role": "user", "content": text}]))
+
+    def _render_messages(self, messages: str) -> tuple[int, ...] | None:
+        assert self._tokenizer is not None
+        try:
+            rendered = self._template.render(messages)
+        except InvalidRequest:
+            return None
+        return tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
+
+    def opening(self, random: np.random.Generator) -> tuple[int, ...]:
+        """The tokens that the target continues with a prompt of its own."""
+        if self._opening:
+            return self._opening
+        return (self._bos if self._bos is not None else int(random.integers(self._vocab_size)),)
+
+    def opening_tokens(self, random: np.random.Generator) -> int:
+        """How many tokens it may add."""
+        return (
+            self.prompt_tokens if self._opening else int(random.integers(2, min(_RAW_TOKENS, self.prompt_tokens) + 1))
+        )
+
+    def from_target(self, opening: Sequence[int], turn: Continuation) -> Prompt | None:
+        """The prompt that the target wrote behind an opening; None where it is none: cut off, empty, too long."""
+        if not self._opening:
+            ids = (*opening, *turn.token_ids)
+            return Prompt(ids, prompt_key(" ".join(map(str, ids)))) if turn.token_ids else None
+        assert self._tokenizer is not None
+        text = self._tokenizer.decode(turn.token_ids).strip()
+        # A replacement character is a broken one; a model that writes it wrote no text.
+        if not turn.ended or len(text) < _SHORTEST_TURN or not any(map(str.isalpha, text)) or "\ufffd" in text:
+            return None
+        return self._checked(text, self._render(text))
+
+    def from_file(self, path: Path) -> list[Prompt]:
+        """The prompts of a file, those that are too long left out.
+
+        Raises:
+            ExportError: there is no prompt in it, or the target has no tokenizer to read it with.
+        """
+        if self._tokenizer is None:
+            raise ExportError(f"--prompts {path}: the verifier was exported without a tokenizer; leave --prompts out")
+        found = []
+        for messages in read_prompts(path):
+            if self._opening:
+                ids = self._render_messages(messages)
+            else:
+                text = "\n".join(str(message.get("content", "")) for message in json.loads(messages))
+                ids = tuple(self._tokenizer.encode(text))
+            prompt = self._checked(messages, ids)
+            if prompt is not None:
+                found.append(prompt)
+        return found
+
+    def _checked(self, text: str, ids: tuple[int, ...] | None) -> Prompt | None:
+        if not ids or len(ids) > self.longest or max(ids) >= self._vocab_size:
+            return None
+        return Prompt(ids, prompt_key(text))
