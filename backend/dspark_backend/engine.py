@@ -167,12 +167,7 @@ class Engine:
         try:
             return self._speculator.plan(running, self.cache.capacity)
         except Exception as error:  # whatever the runtime raises must not end the engine
-            logger.exception("the drafter failed")
-            for sequence in running:
-                if sequence.prepared.policy.drafts and sequence.slot is not None:
-                    # Rows that were on their way may not have arrived: nobody may reuse them.
-                    sequence.slot.context_length = 0
-                    self.roster.fail(sequence.state, InternalError(f"the drafter failed: {error}"))
+            self._lose_drafter([sequence for sequence in running if sequence.prepared.policy.drafts], error)
             return plain
 
     def _verify(self, running: Sequence[SequenceState], planned: Round) -> None:
@@ -243,8 +238,7 @@ class Engine:
 
     def _commit(self, sequence: SequenceState, token_ids: Sequence[int], ran: _Ran, row: int) -> None:
         """The first rows of a segment are part of the sequence now: in the target's cache, and for the drafter."""
-        slot = sequence.held_slot
-        slot.commit(token_ids)
+        sequence.held_slot.commit(token_ids)
         if self._speculator is None:
             return
         first = ran.first_token(row)
@@ -252,9 +246,16 @@ class Engine:
             # A copy: a view would keep the features of the whole step alive while these wait.
             self._speculator.feed(sequence, ran.output.features[first : first + len(token_ids)].copy())
         except Exception as error:  # whatever the runtime raises must not end the engine
-            logger.exception("the drafter failed")
-            slot.context_length = 0
-            self.roster.fail(sequence.state, InternalError(f"the drafter failed: {error}"))
+            self._lose_drafter([sequence], error)
+
+    def _lose_drafter(self, sequences: Sequence[SequenceState], error: Exception) -> None:
+        """The drafter raised: what it had in hand fails. Call while the exception is handled."""
+        logger.exception("the drafter failed")
+        for sequence in sequences:
+            if sequence.slot is not None:
+                # Rows that were on their way may not have arrived: nobody may reuse them.
+                sequence.slot.context_length = 0
+                self.roster.fail(sequence.state, InternalError(f"the drafter failed: {error}"))
 
     def _observe(self, sequence: SequenceState, block: Block, accepted: int) -> None:
         if self._observer is None or block.confidence_logits is None:
