@@ -40,3 +40,14 @@ def text_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def smollm2_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct in float32. Slow the first time."""
     return artifacts.exported("smollm2-135m", tmp_path_factory.mktemp("smollm2") / "artifact")
+
+
+@pytest.fixture(scope="session")
+def served_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """SmolLM2-135M-Instruct in int8 and the shipped drafter, as the quickstart serves them. Slow the first time."""
+    return artifacts.served_pair(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_int8(served_pair: tuple[Path, Path]) -> Path:
+    return served_pair[0]

@@ -160,13 +160,6 @@ class CostModel:
             return 0.0
         return float(self._draft_surface.at(num_requests, np.ones(1), capacity)[0])
 
-    def round_seconds(self, num_requests: int, drafting_requests: int, max_drafts: int, capacity: int) -> FloatArray:
-        """Predicted seconds of a whole round when k drafts are verified in all: float64 [max_drafts + 1], by k."""
-        token_counts = num_requests + np.arange(max_drafts + 1)
-        return self.draft_seconds(drafting_requests, capacity) + self.verify_seconds(
-            num_requests, token_counts, capacity
-        )
-
     def to_json(self) -> str:
         """Text from which :meth:`from_json` makes an equal model, to the last bit."""
         return json.dumps({"format_version": FORMAT_VERSION} | asdict(self), allow_nan=False)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dspark_backend.config import EngineConfig
 from dspark_backend.errors import DSparkError, InternalError, NotFinite
 from dspark_backend.kv_cache import KvCache
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.roster import SEE_LOG, Roster
+from dspark_backend.round_plan import Block, Round
 from dspark_backend.sequence import RequestState, SequenceState
-from dspark_backend.speculation import Block, Drafting, Round, Speculator
-from dspark_backend.stages.batch import Segment, StepBatch, StepOutput
+from dspark_backend.speculation import Drafting, Speculator
+from dspark_backend.stages.batch import FloatArray, Segment, StepBatch, StepOutput
 from dspark_backend.stages.protocol import VerifierStage
 from dspark_backend.telemetry import RoundObserver, RoundRecord
 from dspark_backend.tokenizer import Tokenizer
-from dspark_backend.verification import take_tokens
+from dspark_backend.verification import TargetRows, take_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +31,26 @@ _MIB = 2**20
 class _Ran:
     """A step of the verifier that went well."""
 
-    batch: StepBatch
-    output: StepOutput
+    num_tokens: int
     seconds: float
+    features: list[FloatArray]
+    """[n, F] of each segment's tokens: views of what the next step overwrites."""
+    targets: list[TargetRows]
+    """What the model says in each segment where that was asked."""
 
-    def rows(self, segment: int) -> slice:
-        """Rows of the logits that belong to a segment."""
-        return slice(int(self.batch.logit_offsets[segment]), int(self.batch.logit_offsets[segment + 1]))
-
-    def first_token(self, segment: int) -> int:
-        """Row of the features at which a segment starts."""
-        return int(self.batch.offsets[segment])
+    @classmethod
+    def of(cls, batch: StepBatch, output: StepOutput, seconds: float) -> _Ran:
+        """Cut the output into its segments."""
+        # Plain numbers: reading an array's elements one by one costs more than all of them at once.
+        argmax, top_logit = output.argmax.tolist(), output.top_logit.tolist()
+        first = itertools.pairwise(batch.offsets.tolist())
+        wanted = itertools.pairwise(batch.logit_offsets.tolist())
+        return cls(
+            batch.num_tokens,
+            seconds,
+            [output.features[start:end] for start, end in first],
+            [TargetRows(output.logits[start:end], argmax[start:end], top_logit[start:end]) for start, end in wanted],
+        )
 
 
 class Engine:
@@ -117,7 +128,7 @@ class Engine:
         """Put the next chunk of prompts into the cache; a prompt's last token gives the first one of the answer."""
         budget = self._config.prefill_chunk_busy if self.roster.verifying else self._config.prefill_chunk
         chosen: list[SequenceState] = []
-        segments: list[Segment] = []
+        pieces: list[Sequence[int]] = []
         leading = {sequence.state for sequence in self.roster.prefilling if sequence.index == 0}
         for sequence in self.roster.prefilling:
             if budget <= 0:
@@ -126,23 +137,21 @@ class Engine:
                 if self._config.prefix_reuse and sequence.index > 0 and sequence.state in leading:
                     continue  # one step later the prompt's rows are there to be copied
                 self._start_prefill(sequence)
-            start, prompt = sequence.held_slot.length, sequence.prepared.prompt_ids
-            piece = prompt[start : start + budget]
-            wanted = 1 if start + len(piece) == len(prompt) else 0
-            segments.append(Segment(sequence.held_slot.index, start, piece, len(piece) - wanted))
+            start = sequence.held_slot.length
+            pieces.append(sequence.prepared.prompt_ids[start : start + budget])
             chosen.append(sequence)
-            budget -= len(piece)
-        ran = self._run(chosen, segments)
+            budget -= len(pieces[-1])
+        ran = self._run(chosen, pieces)
         if ran is None:
             return
         self.metrics.prefill_seconds_total.add(ran.seconds)
-        for row, (sequence, segment) in enumerate(zip(chosen, segments, strict=True)):
+        for row, (sequence, piece) in enumerate(zip(chosen, pieces, strict=True)):
             if sequence.slot is None:
                 continue  # another sequence of its request failed just now
-            self._commit(sequence, segment.token_ids, ran, row)
-            if sequence.slot is not None and segment.logits_from < len(segment.token_ids):
+            self._commit(sequence, piece, ran.features[row])
+            if sequence.slot is not None and ran.targets[row].argmax:
                 self.roster.promote(sequence)
-                if self._take(sequence, Block(), ran, row) is not None:
+                if self._take(sequence, Block(), ran.targets[row]) is not None:
                     self.roster.emit(sequence)
 
     def _start_prefill(self, sequence: SequenceState) -> None:
@@ -173,14 +182,12 @@ class Engine:
     def _verify(self, running: Sequence[SequenceState], planned: Round) -> None:
         """Run the target over anchors and drafts, and take what it says."""
         pairs = [pair for pair in zip(running, planned.blocks, strict=True) if pair[0].slot is not None]
-        segments = [
-            Segment(sequence.held_slot.index, sequence.held_slot.length, (sequence.anchor, *block.drafts.tokens), 0)
-            for sequence, block in pairs
-        ]
-        ran = self._run([sequence for sequence, _ in pairs], segments)
+        ran = self._run(
+            [sequence for sequence, _ in pairs], [(sequence.anchor, *block.drafts.tokens) for sequence, block in pairs]
+        )
         if ran is None:
             return
-        self.metrics.count_step(ran.batch.num_tokens, ran.seconds)
+        self.metrics.count_step(ran.num_tokens, ran.seconds)
         if self._speculator is not None:
             self._speculator.track(planned, ran.seconds)
         for row, (sequence, block) in enumerate(pairs):
@@ -188,28 +195,36 @@ class Engine:
                 continue  # another sequence of its request failed just now
             sequence.rounds += 1
             anchor = sequence.anchor
-            accepted = self._take(sequence, block, ran, row)
+            accepted = self._take(sequence, block, ran.targets[row])
             if accepted is None:
                 continue
-            self._commit(sequence, (anchor, *block.drafts.tokens[:accepted]), ran, row)
+            self._commit(sequence, (anchor, *block.drafts.tokens[:accepted]), ran.features[row])
             if sequence.slot is None:
                 continue  # its context could not be committed
             if self._speculator is not None and block.drafted:
                 self._speculator.learn(sequence, block, accepted)
                 self._observe(sequence, block, accepted)
             self.roster.emit(sequence)
+        if self._speculator is not None:
+            self._speculator.settle()
 
-    def _run(self, chosen: Sequence[SequenceState], segments: Sequence[Segment]) -> _Ran | None:
-        """One step of the verifier; None where there is nothing to run or it failed (its requests then failed, too)."""
-        if not segments:
+    def _run(self, chosen: Sequence[SequenceState], pieces: Sequence[Sequence[int]]) -> _Ran | None:
+        """One step of the verifier over the next tokens of some sequences.
+
+        The last token of a prompt and every later one is asked what follows it. None where there is nothing to run or
+        it failed (its requests then failed, too).
+        """
+        if not chosen:
             return None
-        self.cache.prepare(max(segment.start + len(segment.token_ids) for segment in segments))
-        # prepare may have moved sequences to other slots.
-        placed = [
-            replace(segment, slot=sequence.held_slot.index)
-            for sequence, segment in zip(chosen, segments, strict=True)
-        ]  # fmt: skip
-        batch = StepBatch.pack(placed)
+        ends = [sequence.held_slot.length + len(piece) for sequence, piece in zip(chosen, pieces, strict=True)]
+        # Before the segments: it may move sequences to other slots.
+        self.cache.prepare(max(ends))
+        segments = []
+        for sequence, piece in zip(chosen, pieces, strict=True):
+            slot = sequence.held_slot
+            silent = min(len(piece), max(0, len(sequence.prepared.prompt_ids) - 1 - slot.length))
+            segments.append(Segment(slot.index, slot.length, piece, silent))
+        batch = StepBatch.pack(segments)
         begin = time.perf_counter()
         try:
             output = self._stage.step(batch)
@@ -218,13 +233,12 @@ class Engine:
             for sequence in chosen:
                 self.roster.fail(sequence.state, InternalError(f"the model failed: {error}"))
             return None
-        return _Ran(batch, output, time.perf_counter() - begin)
+        return _Ran.of(batch, output, time.perf_counter() - begin)
 
-    def _take(self, sequence: SequenceState, block: Block, ran: _Ran, row: int) -> int | None:
+    def _take(self, sequence: SequenceState, block: Block, target: TargetRows) -> int | None:
         """Append the target's tokens to a sequence. Returns how many drafts stood; None where the request failed."""
-        rows = ran.rows(row)
         try:
-            return take_tokens(sequence, block.drafts, ran.output.logits[rows], ran.output.argmax[rows])
+            return take_tokens(sequence, block.drafts, target)
         except NotFinite as error:
             # Its rows hold what made the logits so, and must not be reused.
             self.cache.scrub(sequence.held_slot)
@@ -236,15 +250,16 @@ class Engine:
             self.roster.fail(sequence.state, InternalError(SEE_LOG))
         return None
 
-    def _commit(self, sequence: SequenceState, token_ids: Sequence[int], ran: _Ran, row: int) -> None:
-        """The first rows of a segment are part of the sequence now: in the target's cache, and for the drafter."""
+    def _commit(self, sequence: SequenceState, token_ids: Sequence[int], features: FloatArray) -> None:
+        """Tokens of a step are part of the sequence now: in the target's cache, and for the drafter.
+
+        ``features`` [n or more, F] are those of the step.
+        """
         sequence.held_slot.commit(token_ids)
         if self._speculator is None:
             return
-        first = ran.first_token(row)
         try:
-            # A copy: a view would keep the features of the whole step alive while these wait.
-            self._speculator.feed(sequence, ran.output.features[first : first + len(token_ids)].copy())
+            self._speculator.feed(sequence, features[: len(token_ids)])
         except Exception as error:  # whatever the runtime raises must not end the engine
             self._lose_drafter([sequence], error)
 

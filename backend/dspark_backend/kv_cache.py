@@ -129,7 +129,7 @@ class KvCache:
     @property
     def active(self) -> list[Slot]:
         """Slots in use, by index."""
-        return [slot for slot in self._slots if not slot.free]
+        return sorted((slot for slot in self._slots if not slot.free), key=lambda slot: slot.index)
 
     @property
     def bytes_in_use(self) -> int:
@@ -212,12 +212,17 @@ class KvCache:
             self._reallocate(needed)
             return
         active = self.active
-        while active and active[-1].index + 1 > 2 * len(active):
-            hole = min((slot for slot in self._slots if slot.free), key=lambda slot: slot.index)
+        # A step attends over all slots from the first to the last in use. An idle one among them costs as much in every
+        # step as copying its neighbour's rows there costs once in two or three steps.
+        while active and active[-1].index - active[0].index >= len(active):
+            inside = range(active[0].index, active[-1].index)
+            hole = min(
+                (slot for slot in self._slots if slot.free and slot.index in inside), key=lambda slot: slot.index
+            )
             self._copy_rows(RowMove(active[-1].index, hole.index, active[-1].length))
             hole.truncate(0)
             hole.index, active[-1].index = active[-1].index, hole.index
-            active = sorted(active, key=lambda slot: slot.index)
+            active = self.active
 
     def check_integrity(self) -> None:
         """Raise DSparkError unless the bookkeeping is consistent. Cheap; called when the engine is idle."""

@@ -29,13 +29,13 @@ __all__ = [
     "RngStreams",
     "SamplingContext",
     "TokenMask",
+    "check_peak",
     "draw",
     "greedy_token",
     "log_probability",
     "masked_logits",
     "needs_logits",
     "target_distribution",
-    "target_distributions",
     "top_k_ids",
 ]
 
@@ -64,15 +64,21 @@ def needs_logits(params: SamplingParams, mask: TokenMask = NO_MASK, output_lengt
 
 
 def masked_logits(
-    logits: Logits, params: SamplingParams, context: SamplingContext, mask: TokenMask = NO_MASK
+    logits: Logits,
+    params: SamplingParams,
+    context: SamplingContext,
+    mask: TokenMask = NO_MASK,
+    peak: float | None = None,
 ) -> tuple[Logits, float]:
     """Logits [V] after masks and penalties (``logits`` itself where neither applies), and their maximum.
+
+    ``peak`` is the maximum of ``logits``, NaN where any of them is, for callers that know it.
 
     Raises:
         DSparkError: the logits hold NaN or +inf, or nothing but -inf.
         InvalidRequest: bad words and min_tokens leave no token.
     """
-    peak = _finite_peak(logits)
+    peak = check_peak(_maximum(logits) if peak is None else peak)
     banned = mask.banned(context.output_ids)
     if not (banned.size or params.penalises):
         return logits, peak
@@ -91,20 +97,33 @@ def masked_logits(
     return changed, peak
 
 
-def greedy_token(logits: Logits, params: SamplingParams, context: SamplingContext, mask: TokenMask = NO_MASK) -> int:
-    """The token of the largest logit after masks and penalties, the lowest id of equal ones. Errors: masked_logits."""
-    changed, _ = masked_logits(logits, params, context, mask)
+def greedy_token(
+    logits: Logits,
+    params: SamplingParams,
+    context: SamplingContext,
+    mask: TokenMask = NO_MASK,
+    peak: float | None = None,
+) -> int:
+    """The token of the largest logit after masks and penalties, the lowest id of equal ones.
+
+    ``peak`` and errors: as ``masked_logits``.
+    """
+    changed, _ = masked_logits(logits, params, context, mask, peak)
     return int(changed.argmax())
 
 
 def target_distribution(
-    logits: Logits, params: SamplingParams, context: SamplingContext, mask: TokenMask = NO_MASK
+    logits: Logits,
+    params: SamplingParams,
+    context: SamplingContext,
+    mask: TokenMask = NO_MASK,
+    peak: float | None = None,
 ) -> Probabilities:
     """The distribution of the next token after ``context``: float64 [V], sums to 1, a new array.
 
-    Temperature 0 gives 1 to ``greedy_token``. Errors: as ``masked_logits``.
+    Temperature 0 gives 1 to ``greedy_token``. ``peak`` and errors: as ``masked_logits``.
     """
-    changed, peak = masked_logits(logits, params, context, mask)
+    changed, peak = masked_logits(logits, params, context, mask, peak)
     if params.greedy:
         certain = np.zeros(logits.size)
         certain[changed.argmax()] = 1.0
@@ -131,30 +150,6 @@ def target_distribution(
     return probabilities
 
 
-def target_distributions(
-    logits: Logits,
-    params: SamplingParams,
-    context: SamplingContext,
-    drafts: Sequence[int],
-    mask: TokenMask = NO_MASK,
-) -> Probabilities:
-    """``target_distribution`` at each of consecutive positions of one sequence.
-
-    Row i of ``logits`` [n, V] is conditioned on ``context`` and the first i of ``drafts`` (at least n - 1 tokens), and
-    so are its masks and penalties. ``context`` is as before afterwards. Returns float64 [n, V]. A caller that stops at
-    the first rejection saves the rows behind it by calling ``target_distribution`` and ``context.append`` in turn.
-    """
-    if len(drafts) < len(logits) - 1:
-        raise ValueError(f"drafts: expected at least {len(logits) - 1} for {len(logits)} positions, got {len(drafts)}")
-    rows = np.empty(logits.shape)
-    with context.trial():
-        for position in range(len(logits)):
-            if position:
-                context.append(drafts[position - 1])
-            rows[position] = target_distribution(logits[position], params, context, mask)
-    return rows
-
-
 def draw(probabilities: NDArray[np.floating[Any]], uniform: float) -> int:
     """The token at ``uniform`` in [0, 1) of the cumulated distribution [V].
 
@@ -177,17 +172,20 @@ def draw(probabilities: NDArray[np.floating[Any]], uniform: float) -> int:
     return token
 
 
-def log_probability(logits: Logits, tokens: int | Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+def log_probability(
+    logits: Logits, tokens: int | Sequence[int] | NDArray[np.integer[Any]], peak: float | None = None
+) -> NDArray[np.float64]:
     """Log-probabilities of tokens under the unmodified logits, float64, of the shape of ``tokens``.
 
-    ``logits`` [V] takes one token or any number of them; ``logits`` [n, V] takes n tokens, one a row.
+    ``logits`` [V] takes one token or any number of them (and ``peak``, as ``masked_logits``); ``logits`` [n, V] takes n
+    tokens, one a row.
 
     Raises:
         DSparkError: the logits hold NaN or +inf, or nothing but -inf.
     """
     index = np.asarray(tokens, dtype=np.intp)
     if logits.ndim == 1:
-        peak = _finite_peak(logits)
+        peak = check_peak(_maximum(logits) if peak is None else peak)
         log_sum = math.log(np.exp(logits - np.float32(peak)).sum(dtype=np.float64))
         return np.subtract(logits[index], peak, dtype=np.float64) - log_sum
     if index.shape != logits.shape[:1]:
@@ -216,9 +214,14 @@ def top_k_ids(logits: Logits, k: int) -> TokenIds:
     return _subset(pool, np.flatnonzero(keep))
 
 
-def _finite_peak(logits: Logits) -> float:
-    """Maximum of [V]. NaN and +inf anywhere show in it; -inf is a legal logit as long as it is not the only one."""
-    peak = float(logits.max())
+def check_peak(peak: float) -> float:
+    """The maximum of a row of logits, which must be finite: NaN and +inf anywhere in the row show in it.
+
+    -inf is a legal logit as long as it is not the only one.
+
+    Raises:
+        DSparkError: it is not finite.
+    """
     if not math.isfinite(peak):
         found = "nothing but -inf" if peak == -math.inf else str(peak)
         raise NotFinite(
@@ -226,6 +229,11 @@ def _finite_peak(logits: Logits) -> float:
             "the model or its precision is broken: check the exported artifact"
         )
     return peak
+
+
+def _maximum(logits: Logits) -> float:
+    """NaN where any of [V] is."""
+    return float(logits.max())
 
 
 def _scores(logits: Logits, peak: float, temperature: float) -> Probabilities:

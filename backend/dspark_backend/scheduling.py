@@ -99,6 +99,8 @@ class Causal:
     adaptive = True
 
     def depths(self, draft_round: DraftRound) -> IntArray:
+        if draft_round.limits.sum() <= _FEW:
+            return _one_by_one(draft_round)
         drafts = _by_place(draft_round.survival, draft_round.limits)
         ranked = _ranked(drafts)
         throughput = _throughput(ranked, draft_round)
@@ -122,6 +124,32 @@ class Lagged:
         return _best(drafts, _ranked(drafts), budget)
 
 
+_FEW = 100
+"""Drafts up to which plain Python is faster than arrays: each call of numpy costs microseconds, cold ones most."""
+
+
+def _one_by_one(draft_round: DraftRound) -> IntArray:
+    """Algorithm 1 as it is written. Equal drafts go by place in the block, then by request."""
+    limits = draft_round.limits.tolist()
+    drafts = sorted(
+        (-chance, place, row)
+        for row, curve in enumerate(draft_round.survival.tolist())
+        for place, chance in enumerate(curve[: limits[row]])
+        if chance >= 0.0  # not for NaN: what cannot be ranked is never verified
+    )
+    seconds = draft_round.seconds[: len(drafts) + 1].tolist()
+    depths, tokens = [0] * len(limits), 0.0
+    best = draft_round.base_tokens / seconds[0]
+    for count, (negative, _, row) in enumerate(drafts, start=1):
+        tokens -= negative
+        throughput = (tokens + draft_round.base_tokens) / seconds[count]
+        if throughput <= best:
+            break
+        best = throughput
+        depths[row] += 1
+    return np.array(depths, dtype=np.int64)
+
+
 def _by_place(survival: FloatArray, limits: IntArray) -> FloatArray:
     """[g, R]: survival [R, g] by place in the block, then by request; -1 beyond the limits."""
     places = np.arange(survival.shape[1])[:, None]
@@ -143,6 +171,12 @@ def _throughput(ranked: FloatArray, draft_round: DraftRound) -> FloatArray:
     np.cumsum(ranked, out=tokens[1:])
     tokens += draft_round.base_tokens
     return tokens / draft_round.seconds[: len(tokens)]
+
+
+def best_throughput(draft_round: DraftRound) -> float:
+    """Most tokens a second to be expected of any depths, by the lagged survival."""
+    ranked = _ranked(_by_place(draft_round.lagged_survival, draft_round.limits))
+    return float(_throughput(ranked, draft_round).max())
 
 
 def _best(drafts: FloatArray, ranked: FloatArray, budget: int) -> IntArray:

@@ -6,7 +6,6 @@ drafted behind them or enough of them have gathered.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,23 +16,26 @@ from dspark_backend.acceptance import Proposal
 from dspark_backend.calibration import Calibration, OnlineCalibration
 from dspark_backend.cost import CostModel
 from dspark_backend.cost_cache import CostCache
-from dspark_backend.cost_tracker import CostTracker
 from dspark_backend.draft_state import Survival
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.rng import Purpose
-from dspark_backend.scheduling import DepthPolicy, DraftRound, Lagged
+from dspark_backend.round_cost import RoundCost
+from dspark_backend.round_plan import Block, Round
+from dspark_backend.scheduling import DepthPolicy, DraftRound, best_throughput
 from dspark_backend.sequence import SequenceState
 from dspark_backend.stages.batch import FloatArray, IntArray
-from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput
+from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput, DraftSampling
 from dspark_backend.stages.protocol import DrafterStage
-from dspark_backend.verification import NO_DRAFTS, VerifiedDrafts
-
-logger = logging.getLogger(__name__)
+from dspark_backend.verification import VerifiedDrafts
 
 _FLUSH_ROWS = 256
 """Context rows of a sequence that may wait; more go to the drafter at once, so that memory stays flat."""
 _PROBE_EVERY = 24
 """Rounds after which a sequence drafts again although it did not seem to pay: acceptance changes along a text."""
+_SETTLE_EVERY = 16
+"""Blocks that are compared with their predictions at once: it is a number for a dashboard, and costs 0.1 ms."""
+_DECIDE_EVERY = 4
+"""Rounds for which it is not asked again whether drafting pays."""
 _MEMORY = 0.8
 """Weight of the past in a sequence's running survival."""
 
@@ -49,49 +51,27 @@ class Drafting:
     """Where ``cost`` is kept: told to forget it when it proves wrong."""
 
 
-@dataclass(frozen=True)
-class Block:
-    """What one sequence brings into a verification step."""
-
-    drafts: VerifiedDrafts = NO_DRAFTS
-    drafted: int = 0
-    """Tokens the drafter proposed, verified or not."""
-    survival: Survival | None = None
-    """[g]: calibrated probability that drafts 1 .. k all stand."""
-    confidence_logits: FloatArray | None = None
-    """[g]: as the drafter gave them."""
-
-
-@dataclass(frozen=True)
-class Round:
-    """The plan of one verification step."""
-
-    blocks: list[Block]
-    """One a sequence."""
-    predicted_seconds: float
-    """Of the verification step; 0 where no cost curve is known."""
-
-
 class Speculator:
     """Owns the drafter's side of the engine. Single-threaded, as the engine is."""
 
     def __init__(self, drafting: Drafting, metrics: EngineMetrics) -> None:
         self._drafter = drafter = drafting.drafter
         self._calibration = drafting.calibration
-        self._cost = drafting.cost
-        self._cost_cache = drafting.cost_cache
+        self._cost = RoundCost(drafting.cost, drafter.artifact.block_size, drafting.cost_cache)
         self._metrics = metrics
         self._prior: Survival | None = None
         self._online = OnlineCalibration(drafter.artifact.block_size)
-        self._verify_tracker = CostTracker()
-        self._draft_tracker = CostTracker()
+        self._judged: list[tuple[Block, int]] = []
+        self._decided: _Decision | None = None
+        self._drawing: tuple[list[int], DraftSampling] | None = None
+        """The sequences that drafted last, and how: mostly the same ones as in the round before."""
         self.block_size = drafter.artifact.block_size
 
     def feed(self, sequence: SequenceState, features: FloatArray) -> None:
-        """Take the features [n, F] of positions that were just committed to the target's cache."""
+        """Take the features [n, F] of positions that were just committed to the target's cache: a view will do."""
         if not sequence.prepared.policy.drafts:
             return
-        sequence.draft.pending.append(features)
+        sequence.draft.pending.append(features.copy())
         if sequence.draft.pending_rows > _FLUSH_ROWS:
             self._drafter.commit_context(self._take_context([sequence]))
 
@@ -113,8 +93,7 @@ class Speculator:
                 blocks[row] = self._block(running[row], output, place, int(depths[place]), survival[place])
             self._remember(drafting, survival)
         verified = sum(len(block.drafts.tokens) for block in blocks)
-        seconds = float(self._cost.verify_seconds(count, np.array([count + verified]), capacity)[0])
-        return Round(blocks, seconds)
+        return Round(blocks, self._cost.verify_seconds(count, verified, capacity))
 
     def learn(self, sequence: SequenceState, block: Block, accepted: int) -> None:
         """What became of a block that was drafted."""
@@ -124,9 +103,19 @@ class Speculator:
         state.verified_tokens += verified
         state.accepted_tokens += accepted
         self._metrics.count_block(block.drafted, verified, accepted)
-        if block.survival is not None:
-            self._online.update(block.survival[None], np.array([verified]), np.array([accepted]))
-            self._metrics.spec_decode_calibration_error.value = self._online.error
+        self._judged.append((block, accepted))
+
+    def settle(self) -> None:
+        """Call after a step: now and then, what was predicted for the blocks is compared with what came."""
+        if len(self._judged) < _SETTLE_EVERY:
+            return
+        self._online.update(
+            np.array([block.survival for block, _ in self._judged]),
+            np.array([len(block.drafts.tokens) for block, _ in self._judged]),
+            np.array([accepted for _, accepted in self._judged]),
+        )
+        self._judged.clear()
+        self._metrics.spec_decode_calibration_error.value = self._online.error
 
     def track(self, planned: Round, seconds: float) -> None:
         """What a verification step really took, and what the scheduler asked of it."""
@@ -135,15 +124,8 @@ class Speculator:
         self._metrics.spec_decode_verify_budget.value = verified
         self._metrics.spec_decode_trim_ratio.value = 1.0 - verified / drafted if drafted else 0.0
         self._metrics.predicted_step_seconds_total.add(planned.predicted_seconds)
-        self._verify_tracker.update(planned.predicted_seconds, seconds)
-        self._metrics.cost_model_error.value = self._verify_tracker.mean_relative_error
-        if self._cost_cache is not None and self._verify_tracker.is_stale():
-            logger.warning(
-                "verification steps take %.1f times what was measured at an earlier load; the next load measures again",
-                self._verify_tracker.scale,
-            )
-            self._cost_cache.invalidate()
-            self._cost_cache = None
+        self._cost.observe_verify(planned.predicted_seconds, seconds)
+        self._metrics.cost_model_error.value = self._cost.mean_relative_error
 
     def _limits(self, running: Sequence[SequenceState]) -> IntArray:
         """Most drafts worth verifying: the last token of an answer needs no draft behind it."""
@@ -169,36 +151,34 @@ class Speculator:
         return sorted(static + probing)
 
     def _pays(self, drafting: Sequence[SequenceState], limits: IntArray, count: int, capacity: int) -> bool:
-        """Whether tokens a second are expected to rise by drafting, judged by earlier rounds alone."""
-        expected = [
-            sequence.draft.expected if sequence.draft.expected is not None else self._prior for sequence in drafting
-        ]
-        if any(curve is None for curve in expected):
-            return True  # nothing is known yet: find out
-        survival = np.array(expected)
-        seconds = self._seconds(count, len(drafting), int(limits.sum()), capacity)
-        draft_round = DraftRound(survival, survival, limits, seconds, count)
-        # What was learned in earlier rounds cannot leak a token of this one: the free search is allowed here.
-        depths = Lagged().depths(draft_round)
-        verified = int(depths.sum())
-        gain = sum(float(curve[:depth].sum()) for curve, depth in zip(survival, depths, strict=True))
-        without = float(self._seconds(count, 0, 0, capacity)[0])
-        return (count + gain) / float(seconds[verified]) > count / without
+        """Whether tokens a second are expected to rise by drafting, judged by earlier rounds alone.
 
-    def _seconds(self, count: int, drafting: int, most: int, capacity: int) -> Survival:
-        """Time of a round of ``count`` requests in which k drafts are verified: float64 [most + 1], by k."""
-        verify = self._cost.verify_seconds(count, count + np.arange(most + 1), capacity)
-        draft = self._cost.draft_seconds(drafting, capacity)
-        return verify * self._verify_tracker.scale + draft * self._draft_tracker.scale
+        The averages that decide move slowly: an answer holds for a few rounds of the same requests.
+        """
+        numbers = [sequence.number for sequence in drafting]
+        if self._decided is None or self._decided.spent or self._decided.numbers != numbers:
+            expected = [
+                sequence.draft.expected if sequence.draft.expected is not None else self._prior for sequence in drafting
+            ]
+            if any(curve is None for curve in expected):
+                return True  # nothing is known yet: find out
+            self._decided = _Decision(numbers, self._gains(np.array(expected), limits, count, capacity))
+        self._decided.rounds += 1
+        return self._decided.pays
+
+    def _gains(self, survival: Survival, limits: IntArray, count: int, capacity: int) -> bool:
+        """Whether drafting for the rows of ``survival`` [n, g], of ``count`` requests, raises tokens a second."""
+        seconds = self._cost.round_seconds(count, len(survival), int(limits.sum()), capacity)
+        without = float(self._cost.round_seconds(count, 0, 0, capacity)[0])
+        # What was learned in earlier rounds cannot leak a token of this one: the free search is allowed here.
+        return best_throughput(DraftRound(survival, survival, limits, seconds, count)) > count / without
 
     def _draft(self, drafting: Sequence[SequenceState], capacity: int) -> DraftOutput:
-        params = [sequence.prepared.request.sampling for sequence in drafting]
-        candidates = self._drafter.artifact.num_candidates
         uniforms = np.zeros((len(drafting), self.block_size), dtype=np.float32)
         for row, sequence in enumerate(drafting):
-            if not params[row].greedy:
+            if not sequence.prepared.request.sampling.greedy:
                 uniforms[row] = sequence.rng.uniforms(Purpose.DRAFT, self.block_size, np.float32)
-        top_k = [1 if one.greedy else one.top_k if one.top_k > 0 else candidates for one in params]
+        sampling = self._draft_sampling(drafting)
         begin = time.perf_counter()
         output = self._drafter.draft(
             DraftBatch(
@@ -207,16 +187,23 @@ class Speculator:
                 slots=np.array([sequence.held_slot.index for sequence in drafting], dtype=np.int64),
                 starts=np.array([sequence.held_slot.length for sequence in drafting], dtype=np.int64),
                 uniforms=uniforms,
-                temperature=np.array([1.0 if one.greedy else one.temperature for one in params], dtype=np.float32),
-                top_k=np.minimum(np.array(top_k, dtype=np.int64), candidates),
-                top_p=np.array([one.top_p for one in params], dtype=np.float32),
-                min_p=np.array([one.min_p for one in params], dtype=np.float32),
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
             )
         )
         seconds = time.perf_counter() - begin
         self._metrics.spec_decode_draft_seconds_total.add(seconds)
-        self._draft_tracker.update(self._cost.draft_seconds(len(drafting), capacity), seconds)
+        self._cost.observe_draft(len(drafting), capacity, seconds)
         return output
+
+    def _draft_sampling(self, drafting: Sequence[SequenceState]) -> DraftSampling:
+        numbers = [sequence.number for sequence in drafting]
+        if self._drawing is None or self._drawing[0] != numbers:
+            params = [sequence.prepared.request.sampling for sequence in drafting]
+            self._drawing = (numbers, DraftSampling.of(params, self._drafter.artifact.num_candidates))
+        return self._drawing[1]
 
     def _take_context(self, sequences: Sequence[SequenceState]) -> ContextRows:
         """All waiting rows of some sequences; they count as cached from here on."""
@@ -236,15 +223,18 @@ class Speculator:
         self, drafting: Sequence[SequenceState], survival: Survival, limits: IntArray, count: int, capacity: int
     ) -> IntArray:
         """Depth of every drafting sequence, int64 [n]. Policies that look at nobody else go first."""
-        depths = np.zeros(len(drafting), dtype=np.int64)
+        seconds = self._cost.round_seconds(count, len(drafting), int(limits.sum()), capacity)
+        lagged = np.array([self._lagged(sequence) for sequence in drafting])
         groups: dict[DepthPolicy, list[int]] = {}
         for row, sequence in enumerate(drafting):
             groups.setdefault(sequence.prepared.policy, []).append(row)
-        seconds = self._seconds(count, len(drafting), int(limits.sum()), capacity)
+        if len(groups) == 1:
+            (policy,) = groups
+            return policy.depths(DraftRound(survival, lagged, limits, seconds, count))
+        depths = np.zeros(len(drafting), dtype=np.int64)
         spent, gained = 0, 0.0
         for policy, rows in sorted(groups.items(), key=lambda item: item[0].adaptive):
-            lagged = np.array([self._lagged(drafting[row]) for row in rows])
-            draft_round = DraftRound(survival[rows], lagged, limits[rows], seconds[spent:], count + gained)
+            draft_round = DraftRound(survival[rows], lagged[rows], limits[rows], seconds[spent:], count + gained)
             depths[rows] = policy.depths(draft_round)
             spent += int(depths[rows].sum())
             gained += sum(float(survival[row, : depths[row]].sum()) for row in rows)
@@ -276,6 +266,20 @@ class Speculator:
             state.recent.append(curve)
             state.expected = _blend(state.expected, curve)
             self._prior = _blend(self._prior, curve)
+
+
+@dataclass
+class _Decision:
+    """Whether some sequences should draft."""
+
+    numbers: list[int]
+    pays: bool
+    rounds: int = 0
+    """How long it was relied on."""
+
+    @property
+    def spent(self) -> bool:
+        return self.rounds >= _DECIDE_EVERY
 
 
 def _blend(past: Survival | None, now: Survival) -> Survival:

@@ -126,26 +126,6 @@ class Tokenizer:
         text: str = self._inner.decode(known, skip_special_tokens=skip_special_tokens)
         return text
 
-    def check_ids(self, ids: Sequence[int], limit: int | None = None) -> None:
-        """Make sure that a client's ids can be fed to the model.
-
-        Args:
-            ids: the prompt.
-            limit: the model's vocabulary size, where it differs from the tokenizer's.
-
-        Raises:
-            InvalidRequest: there is none, or one lies outside [0, limit).
-        """
-        bound = self._vocab_size if limit is None else limit
-        if not ids:
-            raise InvalidRequest("input_ids: expected at least one token, got none")
-        if min(ids) >= 0 and max(ids) < bound:
-            return
-        position, token_id = next((at, one) for at, one in enumerate(ids) if not 0 <= one < bound)
-        raise InvalidRequest(
-            f"input_ids: expected token ids from 0 to {bound - 1}, got {token_id} at position {position}"
-        )
-
 
 def _raise_interrupts(error: BaseException) -> None:
     """Pass on what is not the library's own: its panics are no subclass of Exception and would end a thread."""

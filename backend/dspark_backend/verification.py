@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from dspark_backend.acceptance import Proposal, accepts, residual
 from dspark_backend.rng import Purpose
 from dspark_backend.sampling import (
+    check_peak,
     draw,
     greedy_token,
     log_probability,
-    masked_logits,
     needs_logits,
     target_distribution,
 )
 from dspark_backend.sequence import SequenceState
-from dspark_backend.stages.batch import FloatArray, IntArray
+from dspark_backend.stages.batch import FloatArray
 
 
 @dataclass(frozen=True)
@@ -35,24 +35,38 @@ class VerifiedDrafts:
 NO_DRAFTS = VerifiedDrafts()
 
 
-def take_tokens(
-    sequence: SequenceState, drafts: VerifiedDrafts, logits: FloatArray, argmax: Sequence[int] | IntArray
-) -> int:
+@dataclass(frozen=True)
+class TargetRows:
+    """What the target says at the anchor of one request and at each of its n drafts.
+
+    Greedy requests read numbers alone: nothing here of vocabulary size is touched for them.
+    """
+
+    logits: FloatArray
+    """[n + 1, V]"""
+    argmax: Sequence[int]
+    """[n + 1]: the first index of the largest logit."""
+    top_logit: Sequence[float]
+    """[n + 1]: that logit; NaN where any of the row is."""
+
+
+def take_tokens(sequence: SequenceState, drafts: VerifiedDrafts, target: TargetRows) -> int:
     """Append what the target says to a sequence, until a draft falls, the drafts are used up or the sequence ends.
 
-    ``logits`` [n + 1, V] and ``argmax`` [n + 1] are the target's at the anchor and at each of the n drafts. Returns how
-    many drafts stand (and were appended).
+    ``target`` is its answer at the anchor and at each of the n drafts. Returns how many drafts stand (and were
+    appended).
 
     Raises:
         DSparkError: the logits are not finite, or masks leave no token.
     """
-    request = sequence.prepared.request
+    log_probs = sequence.prepared.request.log_probs
     count = len(drafts.tokens)
     for place in range(count + 1):
         draft = drafts.tokens[place] if place < count else None
         proposal = drafts.proposals[place] if draft is not None and drafts.proposals else None
-        token, stands = _choose(sequence, logits[place], int(argmax[place]), draft, proposal)
-        log_prob = float(log_probability(logits[place], token)) if request.log_probs else None
+        peak = check_peak(target.top_logit[place])
+        token, stands = _choose(sequence, target, place, draft, proposal)
+        log_prob = float(log_probability(target.logits[place], token, peak)) if log_probs else None
         sequence.append(token, log_prob)
         if not stands:
             return place
@@ -62,21 +76,22 @@ def take_tokens(
 
 
 def _choose(
-    sequence: SequenceState, logits: FloatArray, argmax: int, draft: int | None, proposal: Proposal | None
+    sequence: SequenceState, target: TargetRows, place: int, draft: int | None, proposal: Proposal | None
 ) -> tuple[int, bool]:
     """The token of one position, and whether it is the draft."""
     params, mask, context = sequence.prepared.request.sampling, sequence.prepared.mask, sequence.context
     if not needs_logits(params, mask, context.output_length):
-        masked_logits(logits, params, context)  # for its check: argmax of NaN looks like a token
-        return argmax, argmax == draft
-    if params.greedy:
-        token = greedy_token(logits, params, context, mask)
+        token = target.argmax[place]
         return token, token == draft
-    target = target_distribution(logits, params, context, mask)
+    logits, peak = target.logits[place], target.top_logit[place]
+    if params.greedy:
+        token = greedy_token(logits, params, context, mask, peak)
+        return token, token == draft
+    wanted = target_distribution(logits, params, context, mask, peak)
     if draft is None:
-        return draw(target, sequence.rng.uniform(Purpose.TARGET)), False
+        return draw(wanted, sequence.rng.uniform(Purpose.TARGET)), False
     if proposal is None:
         raise ValueError("a sampled request needs the proposal of each draft")
-    if accepts(target, proposal, draft, sequence.rng.uniform(Purpose.ACCEPT)):
+    if accepts(wanted, proposal, draft, sequence.rng.uniform(Purpose.ACCEPT)):
         return draft, True
-    return draw(residual(target, proposal), sequence.rng.uniform(Purpose.RESIDUAL)), False
+    return draw(residual(wanted, proposal), sequence.rng.uniform(Purpose.RESIDUAL)), False

@@ -17,7 +17,7 @@ from locks import exclusive, share, sole
 
 import server
 
-MODEL = "smollm2-135m"
+SERVED = "SmolLM2-135M-Instruct in int8, with its DSpark drafter (policy causal)"
 EXTRAS = ("backend", "serve", "export")
 PROMPT = "Explain in two sentences why the sky is blue."
 FIRST_START = (
@@ -81,6 +81,14 @@ def check_ports(base: int, run: Path) -> None:
             ) from error
 
 
+def prepare_models(venv: environment.Environment, cache: Path, target: Path) -> Path:
+    """The repository of the fastest that this machine can serve: int8, and the drafter that the project ships."""
+    command, log = [str(venv.script("dspark-export"))], cache / "export.log"
+    verifier = repository.export(command, repository.served_verifier(), venv.key, cache, log)
+    drafter = repository.export(command, repository.served_drafter(verifier), venv.key, cache, log)
+    return repository.assemble(target, verifier, drafter)
+
+
 def start(options: argparse.Namespace, cache: Path, run: Path) -> int:
     begin = time.monotonic()
     check_ports(options.port_base, run)
@@ -93,14 +101,13 @@ def start(options: argparse.Namespace, cache: Path, run: Path) -> int:
         environment.prepare(venv, EXTRAS, cache / "install.log")
         used = share(venv.folder.with_suffix(".lock"))
         environment.prune(cache, venv)
-        artifact = repository.export([str(venv.script("dspark-export"))], MODEL, venv.key, cache, cache / "export.log")
-        models = repository.assemble(artifact, run / "repository")
+        models = prepare_models(venv, cache, run / "repository")
     serving = server.Server(venv, run, options.port_base)
     detached = False
     try:
         serving.start(models, used, options.detach)
         serving.wait_until_serving(SERVING_SECS)
-        say(f"  serving after {time.monotonic() - begin:.1f} s: grpc {serving.grpc_url}, log {serving.log}")
+        say(f"  serving {SERVED} after {time.monotonic() - begin:.1f} s: grpc {serving.grpc_url}, log {serving.log}")
         if options.detach:
             detached = True
             say(f"  stop it with: {Path(sys.argv[0]).parent / 'run'} --stop --port-base {options.port_base}")

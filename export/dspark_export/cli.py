@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from dspark_backend.errors import DSparkError
+from dspark_export.commands.corpus import corpus
 from dspark_export.commands.drafter import drafter
 from dspark_export.commands.profile import profile
 from dspark_export.commands.progress import console
@@ -27,7 +28,7 @@ def root(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what
     )
 
 
-for command in (verifier, drafter, train, profile, calibrate, evaluate):
+for command in (verifier, drafter, corpus, train, profile, calibrate, evaluate):
     app.command()(command)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dspark_backend.calibration import CALIBRATION_FILE
 from dspark_backend.stages.artifact import (
     DrafterArtifact,
     VerifierArtifact,
@@ -14,7 +16,8 @@ from dspark_backend.stages.artifact import (
     mismatch,
     save_artifact,
 )
-from dspark_backend.stages.onnxruntime_drafter import CONTEXT_FILE, D2T_FILE, DRAFT_FILE
+from dspark_backend.stages.onnxruntime_drafter import CONTEXT_FILE, DRAFT_FILE
+from dspark_backend.stages.shared_weights import D2T_FILE
 from dspark_export.check import check_drafter
 from dspark_export.drafter_spec import DrafterSpec, describe_drafter
 from dspark_export.errors import ExportError
@@ -22,10 +25,15 @@ from dspark_export.graph.drafter import DrafterGraph
 from dspark_export.graph.head import MAX_CANDIDATES
 from dspark_export.graph.tape import save_graph
 from dspark_export.publish import Progress, file_digests, file_sizes, published, tool_versions
+from dspark_export.quantization.plan import Int8Plan, LinearPlan
 from dspark_export.source import source_hash
 from dspark_export.verifier import DTYPES
 from dspark_export.weights import WeightSource
 from dspark_export.weights.safetensors_folder import SafetensorsFolder
+
+INT8_PLAN = Int8Plan({"fc": LinearPlan(two_digits=True)})
+"""A target's features have channels far larger than the rest; all else of a drafter is even. Draft tokens depend on the
+precision, the output does not."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +66,10 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
     with published(options.out) as work:
         # A block reaches past the anchor's position, which may be the context's last.
         positions = verifier.max_context + spec.block_size
-        draft = DrafterGraph(spec, weights, positions, options.dtype).build_draft(expose_intermediates)
+        stored, plan = ("float32", INT8_PLAN) if options.dtype == "int8" else (options.dtype, None)
+        draft = DrafterGraph(spec, weights, positions, stored, plan).build_draft(expose_intermediates)
         save_graph(draft, work, DRAFT_FILE, lambda done: progress("write the drafter", done))
-        context = DrafterGraph(spec, weights, positions, options.dtype).build_context()
+        context = DrafterGraph(spec, weights, positions, stored, plan).build_context()
         save_graph(context, work, CONTEXT_FILE)
         if spec.draft_vocab_size != spec.decoder.vocab_size:
             np.save(work / D2T_FILE, weights.read("d2t").astype(np.int64))
@@ -92,6 +101,9 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
         save_artifact(artifact, work)
         progress("check the written graphs", 0.0)
         check_drafter(work, options.verifier)
+        # Fitted to this very checkpoint; no part of the artifact, since it may be fitted again.
+        if (options.checkpoint / CALIBRATION_FILE).is_file():
+            shutil.copy2(options.checkpoint / CALIBRATION_FILE, work / CALIBRATION_FILE)
     return artifact
 
 

@@ -5,6 +5,7 @@ T context rows, A blocks of g slots, Hq query heads, Hkv key/value heads, D chan
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,14 +35,26 @@ class Rotation:
 
 
 @dataclass(frozen=True)
+class TextBlocks:
+    """The blocks of one of several texts that are packed one after another."""
+
+    blocks: slice
+    """Of the A blocks."""
+    rows: slice
+    """Of the T context rows: up to the last one that any of the blocks sees."""
+    visible: Tensor
+    """bool [blocks, rows]: what each may look at."""
+
+
+@dataclass(frozen=True)
 class ContextKeys:
     """The committed rows, from which every layer takes keys and values."""
 
     context: Tensor
     """[T, H]: c = RMSNorm(fc(features)); no layer norms it again."""
     rotation: Rotation
-    visible: Tensor
-    """bool [A, T]: rows that a block may look at."""
+    texts: Sequence[TextBlocks]
+    """Together they hold all blocks, in order."""
 
 
 class DrafterAttention(nn.Module):
@@ -77,16 +90,32 @@ class DrafterAttention(nn.Module):
         query = query.reshape(*x.shape[:2], self._shape.num_kv_heads, self._shape.group, self._shape.head_dim)
         context_key, context_value = self._keys_values(keys.context, keys.rotation)
         block_key, block_value = self._keys_values(x, rotation)
-        # Two products instead of one with a mask: blocks never see each other, and there may be hundreds of them.
-        on_context = torch.einsum("aqhnd,thd->ahnqt", query, context_key)
-        on_context = on_context.masked_fill(~keys.visible[:, None, None, None, :], float("-inf"))
-        on_block = torch.einsum("aqhnd,akhd->ahnqk", query, block_key)
-        scores = torch.cat([on_context, on_block], dim=-1) * self._shape.scale
-        weights, length = scores.softmax(dim=-1), len(keys.context)
-        mixed = torch.einsum("ahnqt,thd->aqhnd", weights[..., :length], context_value)
-        mixed = mixed + torch.einsum("ahnqk,akhd->aqhnd", weights[..., length:], block_value)
+        mixed = torch.cat(
+            [
+                self._attend(
+                    query[text.blocks],
+                    (context_key[text.rows], context_value[text.rows]),
+                    (block_key[text.blocks], block_value[text.blocks]),
+                    text.visible,
+                )
+                for text in keys.texts
+            ]
+        )
         projected: Tensor = self.o_proj(mixed.flatten(2))
         return projected
+
+    def _attend(
+        self, query: Tensor, context: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor], visible: Tensor
+    ) -> Tensor:
+        """[A, g, Hkv, group, D] of queries of that shape, over the rows of one text and each over its own block."""
+        # Two products instead of one with a mask: blocks never see each other, and there may be hundreds of them.
+        on_context = torch.einsum("aqhnd,thd->ahnqt", query, context[0])
+        on_context = on_context.masked_fill(~visible[:, None, None, None, :], float("-inf"))
+        on_block = torch.einsum("aqhnd,akhd->ahnqk", query, block[0])
+        scores = torch.cat([on_context, on_block], dim=-1) * self._shape.scale
+        weights, length = scores.softmax(dim=-1), visible.shape[1]
+        mixed = torch.einsum("ahnqt,thd->aqhnd", weights[..., :length], context[1])
+        return mixed + torch.einsum("ahnqk,akhd->aqhnd", weights[..., length:], block[1])
 
 
 class DrafterMlp(nn.Module):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from dspark_backend.stages.artifact import TensorLocation, VerifierArtifact, save_artifact
 from dspark_backend.stages.onnxruntime_verifier import MODEL_FILE
@@ -16,13 +19,20 @@ from dspark_export.graph.tape import save_graph
 from dspark_export.graph.verifier import EMBEDDING, HEAD, VerifierGraph
 from dspark_export.hf_tokenizer import copy_tokenizer
 from dspark_export.publish import Progress, file_digests, file_sizes, published, tool_versions
+from dspark_export.quantization.calibrate import calibration
+from dspark_export.quantization.plan import Int8Plan
+from dspark_export.quantization.quality import Quality
+from dspark_export.quantization.texts import read_texts
 from dspark_export.source import open_weights, resolve_model, source_hash
 from dspark_export.tokenizer_info import TokenizerInfo
 from dspark_export.weights import WeightSource
 from dspark_export.weights.gguf_file import GgufFile
 
-DTYPES = ("float32", "float16", "bfloat16")
+STORED = ("float32", "float16", "bfloat16")
+"""Float storages; the CPU runtime computes all of them in float32."""
+DTYPES = (*STORED, "int8")
 DEFAULT_MAX_CONTEXT = 8192
+HEAD_FILE = "lm_head.bf16"
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,11 @@ class VerifierExport:
     """None takes the default spread."""
     max_context: int | None = None
     """None takes the model's own, at most DEFAULT_MAX_CONTEXT."""
+    calibration_text: Path | None = None
+    """For int8: a prompt file; None takes the dialogues that ship with the package."""
+    calibration_tokens: int = 4000
+    check_tokens: int = 20_000
+    """For int8: tokens of other text over which the result is compared with float32."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -49,9 +64,21 @@ class VerifierExport:
             raise ExportError(f"--runtime: expected onnxruntime, got {self.runtime!r}")
         if self.max_context is not None and self.max_context < 2:
             raise ExportError(f"--max-context: expected at least 2, got {self.max_context}")
+        for option in ("calibration_tokens", "check_tokens"):
+            if getattr(self, option) < 1:
+                raise ExportError(f"--{option.replace('_', '-')}: expected at least 1, got {getattr(self, option)}")
 
 
-def export_verifier(options: VerifierExport, progress: Progress) -> VerifierArtifact:
+@dataclass(frozen=True)
+class ExportedVerifier:
+    """What an export did."""
+
+    artifact: VerifierArtifact
+    quality: Quality | None
+    """Of int8 against float32."""
+
+
+def export_verifier(options: VerifierExport, progress: Progress) -> ExportedVerifier:
     """Write the artifact into ``options.out``; nothing changes there unless everything succeeded.
 
     Raises:
@@ -69,44 +96,82 @@ def export_verifier(options: VerifierExport, progress: Progress) -> VerifierArti
     progress("hash the checkpoint", 0.0)
     digest = source_hash(weights.files)
     with published(options.out) as work:
-        model = VerifierGraph(decoder, weights, taps, max_context, options.dtype).build()
-        locations = save_graph(model, work, MODEL_FILE, lambda done: progress("write weights", done))
         tokenizer = _write_tokenizer(path, weights, work) or _without_tokenizer(weights)
-        embedding = locations[EMBEDDING]
+        writer = _Writer(options, decoder, weights, taps, max_context, tokenizer, (path.name, digest), work, progress)
+        if options.dtype != "int8":
+            return ExportedVerifier(writer.write(None), None)
+        texts = read_texts(
+            options.calibration_text, work, tokenizer, decoder.vocab_size,
+            options.calibration_tokens, options.check_tokens, max_context,
+        )  # fmt: skip
+        with calibration(decoder, weights, texts, options.out, progress) as calibrated:
+            artifact = writer.write(calibrated.plan(progress))
+            return ExportedVerifier(artifact, calibrated.quality(work, progress))
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes graph and stage.json into a scratch folder, and checks them."""
+
+    options: VerifierExport
+    decoder: Decoder
+    weights: WeightSource
+    taps: tuple[int, ...]
+    max_context: int
+    tokenizer: TokenizerInfo
+    source: tuple[str, str]
+    """Name and hash."""
+    work: Path
+    progress: Progress
+
+    def write(self, plan: Int8Plan | None) -> VerifierArtifact:
+        decoder, tokenizer, dtype = self.decoder, self.tokenizer, self.options.dtype
+        model = VerifierGraph(
+            decoder, self.weights, self.taps, self.max_context, "float32" if plan else dtype, plan
+        ).build()
+        locations = save_graph(model, self.work, MODEL_FILE, lambda done: self.progress("write weights", done))
+        embedding = locations[f"{EMBEDDING}.weight"]
         artifact = VerifierArtifact(
             family=decoder.family,
-            runtime=options.runtime,
-            dtype=options.dtype,
+            runtime=self.options.runtime,
+            dtype=dtype,
             vocab_size=decoder.vocab_size,
             hidden_size=decoder.hidden_size,
             num_layers=decoder.num_layers,
             num_heads=decoder.attention.num_heads,
             num_kv_heads=decoder.attention.num_kv_heads,
             head_dim=decoder.attention.head_dim,
-            max_context=max_context,
-            target_layer_ids=taps,
+            max_context=self.max_context,
+            target_layer_ids=self.taps,
             embedding=embedding,
-            head=_head(decoder, locations, embedding),
+            head=embedding if decoder.tied_embedding else self._head(locations),
             eos_token_ids=tuple(tokenizer.eos_token_ids),
             bos_token_id=tokenizer.bos_token_id,
             add_bos=tokenizer.add_bos,
             bos_token=tokenizer.bos_token,
             eos_token=tokenizer.eos_token,
             chat_template=tokenizer.chat_template,
-            source=path.name,
-            source_hash=digest,
+            source=self.source[0],
+            source_hash=self.source[1],
             tool_versions=tool_versions(),
-            files=file_sizes(work),
-            digests=file_digests(work),
+            files=file_sizes(self.work),
+            digests=file_digests(self.work),
         )
-        save_artifact(artifact, work)
-        progress("check the written graph", 0.0)
-        check_verifier(work)
-    return artifact
+        save_artifact(artifact, self.work)
+        self.progress("check the written graph", 0.0)
+        check_verifier(self.work)
+        return artifact
 
-
-def _head(decoder: Decoder, locations: dict[str, TensorLocation], embedding: TensorLocation) -> TensorLocation:
-    return embedding if decoder.tied_embedding else locations[HEAD]
+    def _head(self, locations: Mapping[str, TensorLocation]) -> TensorLocation:
+        """The LM head that a drafter shares. An int8 graph has it in another form, so that it is stored once more."""
+        name = f"{HEAD}.weight"
+        if name in locations:
+            return locations[name]
+        head = self.weights.read(name).astype(np.float32)
+        # The upper half of a float32, rounded, is a bfloat16.
+        halves = ((head.view(np.uint32) + 0x8000) >> 16).astype(np.uint16)
+        halves.tofile(self.work / HEAD_FILE)
+        return TensorLocation(HEAD_FILE, 0, head.shape, "bfloat16")
 
 
 def _taps(decoder: Decoder, wanted: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -111,22 +111,18 @@ def test_predictions_are_positive_and_survive_json_to_the_last_bit(
         for (count, rows), seconds in points.items()
     )
     model = CostModel(curves, tuple(StepCurve(c.num_requests, c.capacity, (1,), c.seconds[:1]) for c in curves))
-    seconds = model.round_seconds(requests, requests, 40, capacity)
+    counts = requests + np.arange(41)
+    seconds = model.verify_seconds(requests, counts, capacity)
     assert seconds.shape == (41,)
-    assert np.isfinite(seconds).all()
-    assert (model.verify_seconds(requests, requests + np.arange(41), capacity) > 0).all()
+    assert np.isfinite(seconds).all() and (seconds > 0).all()
     assert model.draft_seconds(requests, capacity) > 0
     again = CostModel.from_json(model.to_json())
     assert again == model
-    np.testing.assert_array_equal(again.round_seconds(requests, requests, 40, capacity), seconds)
+    np.testing.assert_array_equal(again.verify_seconds(requests, counts, capacity), seconds)
 
 
-def test_a_round_is_a_draft_and_a_verification() -> None:
-    model = measured(planar, FULL)
-    expected = model.draft_seconds(3, 512) + model.verify_seconds(8, 8 + np.arange(6), 512)
-    np.testing.assert_array_equal(model.round_seconds(8, 3, 5, 512), expected)
-    np.testing.assert_array_equal(model.round_seconds(8, 0, 5, 512), model.verify_seconds(8, 8 + np.arange(6), 512))
-    assert CostModel(model.verify).draft_seconds(8, 512) == 0.0
+def test_without_a_drafter_drafting_takes_no_time() -> None:
+    assert CostModel(measured(planar, FULL).verify).draft_seconds(8, 512) == 0.0
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(0, 1), (3, 2)])
@@ -139,7 +135,7 @@ def test_a_cliff_stops_causal_and_not_lagged() -> None:
     # A step that only three drafts a request make worth while: two cost as much as four.
     model = CostModel((StepCurve(1, 128, (1, 2, 3, 4, 5), (0.010, 0.0195, 0.0196, 0.0197, 0.0198)),))
     survival = np.full((1, 4), 0.9)
-    draft_round = DraftRound(survival, survival, np.array([4]), model.round_seconds(1, 1, 4, 128), 1.0)
+    draft_round = DraftRound(survival, survival, np.array([4]), model.verify_seconds(1, 1 + np.arange(5), 128), 1.0)
     assert Causal().depths(draft_round).tolist() == [0]
     assert Lagged().depths(draft_round).tolist() == [4]
 

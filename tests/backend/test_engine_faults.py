@@ -76,7 +76,7 @@ class TestFaults:
 
         def spoil(batch, output):
             if len(batch.slots) == 2:
-                output.logits[0, 17] = bad
+                output.logits[0, 17] = output.top_logit[0] = bad
             return output
 
         driver.stage.after = spoil
@@ -96,7 +96,7 @@ class TestFaults:
             driver.engine.step()
 
         def spoil(batch, output):
-            output.logits[0] = np.nan
+            output.logits[0] = output.top_logit[0] = np.nan
             return output
 
         driver.stage.after = spoil
@@ -167,7 +167,7 @@ def test_neighbours_of_a_poisoned_sequence_lose_nothing(artifact, rounds_before)
 
     def poison(batch, output):
         driver.stage.after = lambda _, unchanged: unchanged
-        output.logits[0] = math.nan
+        output.logits[0] = output.top_logit[0] = math.nan
         return output
 
     driver.stage.after = poison

@@ -81,17 +81,26 @@ def test_growth_is_rare():
     assert storage(cache).allocations - before == 7
 
 
-def test_scattered_sequences_are_brought_together():
+@pytest.mark.parametrize("kept", [(7,), (0, 7), (2, 3, 6), (1, 2, 4, 5, 7), (3, 4, 5)])
+def test_scattered_sequences_are_brought_together(kept):
+    """No idle slot between the first and the last in use, step after step, and no row is copied without need."""
     cache = cache_of(4096, max_slots=8)
     slots = [cache.acquire(50) for _ in range(8)]
     for number, slot in enumerate(slots):
         run(cache, slot, [number] * 10)
-    for slot in slots[:7]:
-        cache.release(slot)
-    run(cache, slots[7], [3])
-    assert slots[7].index == 0
-    assert slots[7].tokens.tolist() == [7] * 10 + [3]
-    check(cache)
+    for number in set(range(8)) - set(kept):
+        cache.release(slots[number])
+    width = kept[-1] - kept[0] + 1
+    for step in range(3):
+        for number in kept:
+            run(cache, slots[number], [step])
+        indices = [slot.index for slot in cache.active]
+        assert indices == list(range(kept[0], kept[0] + len(kept)))
+        check(cache)
+    for number in kept:
+        assert slots[number].tokens.tolist() == [number] * 10 + [0, 1, 2]
+    assert (len(storage(cache).copied) > 0) == (width > len(kept))
+    assert len(storage(cache).copied) < len(kept)
 
 
 def test_budget_of_slots_and_rows():

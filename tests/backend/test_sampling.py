@@ -19,7 +19,6 @@ from dspark_backend.sampling import (
     log_probability,
     needs_logits,
     target_distribution,
-    target_distributions,
     top_k_ids,
 )
 
@@ -200,14 +199,32 @@ def test_positions_of_a_draft_equal_the_positions_of_its_sequence():
     context = SamplingContext([5, 6, 7])
     context.extend([9, 3])
     drafts = [9, 3, 3, 12]
-    got = target_distributions(logits, params, context, drafts, mask)
-    assert list(context.output_ids) == [9, 3]
+    got = []
     for position in range(5):
+        got.append(target_distribution(logits[position], params, context, mask))
         expected = reference(logits[position], params, [5, 6, 7], [9, 3, *drafts[:position]], mask)
         np.testing.assert_allclose(got[position], expected, rtol=1e-5)
-    assert got[0, 8] == got[2, 30] == got[1, 1] == 0
-    with pytest.raises(ValueError, match="expected at least 4 for 5 positions, got 3"):
-        target_distributions(logits, params, context, drafts[:3], mask)
+        context.extend(drafts[position : position + 1])
+    assert got[0][8] == got[2][30] == got[1][1] == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5, "presence_penalty": 0.5}]
+)
+def test_a_known_maximum_changes_nothing(options):
+    logits = np.random.default_rng(6).normal(0, 2, 40).astype(np.float32)
+    params, context = SamplingParams(**options), SamplingContext([5, 6, 7])
+    peak = float(logits.max())
+    found = target_distribution(logits, params, context, peak=peak)
+    assert (found == target_distribution(logits, params, context)).all()
+    assert greedy_token(logits, params, context, peak=peak) == greedy_token(logits, params, context)
+    assert log_probability(logits, 3, peak) == log_probability(logits, 3)
+    for wrong in (math.nan, math.inf, -math.inf):
+        for call in (target_distribution, greedy_token):
+            with pytest.raises(DSparkError, match="finite"):
+                call(logits, params, context, peak=wrong)
+        with pytest.raises(DSparkError, match="finite"):
+            log_probability(logits, 3, wrong)
 
 
 def test_needs_logits():

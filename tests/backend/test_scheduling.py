@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from markov_speculation import Retrospective
 
+from dspark_backend import scheduling
 from dspark_backend.scheduling import (
     POLICY_FORMS,
     Causal,
@@ -181,6 +182,18 @@ def test_the_papers_counterexample(second):
     assert Retrospective().depths(draft_round).tolist() == [2 if second else 0]
     past = [[[0.8, 0.8]], [[0.8, 0.0]]]
     assert [Lagged().depths(make_round([[0.8, 0.8 * second]], SPS, lagged)).tolist() for lagged in past] == [[2], [0]]
+
+
+@settings(max_examples=300, deadline=None)
+@given(rounds(max_requests=30, max_block=7))
+def test_many_and_few_drafts_are_scheduled_alike(draft_round):
+    """Few drafts go through plain Python, many through arrays."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = []
+        for few in (0, 1 << 30):
+            patch.setattr(scheduling, "_FEW", few)
+            found.append(Causal().depths(draft_round).tolist())
+    assert found[0] == found[1]
 
 
 def test_lagged_sees_beyond_a_cliff_that_stops_causal():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from markov_speculation import sequence_of
+from markov_speculation import sequence_of, target_rows
 from sample_tokenizers import words
 
 from dspark_backend.acceptance import Proposal
@@ -19,7 +19,7 @@ from dspark_backend.request import GenerationRequest, SamplingParams
 from dspark_backend.rng import Purpose, RngStreams
 from dspark_backend.sampling import draw, log_probability, target_distribution
 from dspark_backend.sequence import SequenceState
-from dspark_backend.verification import NO_DRAFTS, VerifiedDrafts, take_tokens
+from dspark_backend.verification import NO_DRAFTS, TargetRows, VerifiedDrafts, take_tokens
 
 V = 6
 EOS = 5
@@ -44,7 +44,7 @@ def output(state: SequenceState) -> list[int]:
 
 
 def take(state: SequenceState, logits: np.ndarray, *drafts: int, proposals: tuple[Proposal, ...] = ()) -> int:
-    return take_tokens(state, VerifiedDrafts(drafts, proposals), logits, logits.argmax(axis=1))
+    return take_tokens(state, VerifiedDrafts(drafts, proposals), target_rows(logits))
 
 
 def certain(token: int) -> Proposal:
@@ -69,14 +69,15 @@ def test_greedy_falls_at_every_place(falls):
 def test_without_drafts_one_token_is_taken():
     state = sequence()
     logits = logits_for(2)
-    assert take_tokens(state, NO_DRAFTS, logits, [2]) == 0
+    assert take_tokens(state, NO_DRAFTS, target_rows(logits)) == 0
     assert output(state) == [2]
 
 
-def test_greedy_needs_no_logits_for_its_token():
-    """The graph's argmax is the answer: ties in the logits must not be broken a second way."""
+def test_greedy_reads_no_logits():
+    """The graph's argmax is the answer: ties must not be broken a second way, and V numbers a token cost time."""
     state = sequence()
-    assert take_tokens(state, VerifiedDrafts((3,)), np.zeros((2, V), dtype=np.float32), [3, 4]) == 1
+    unread = np.full((2, V), np.nan, dtype=np.float32)
+    assert take_tokens(state, VerifiedDrafts((3,)), TargetRows(unread, [3, 4], [1.0, 2.0])) == 1
     assert output(state) == [3, 4]
 
 
@@ -289,7 +290,7 @@ def test_broken_logits_behind_the_fall_do_not_matter():
     logits = logits_for(1, 2, 3)
     logits[2] = np.nan
     state = sequence()
-    assert take_tokens(state, VerifiedDrafts((1, 0)), logits, [1, 2, 0]) == 1
+    assert take_tokens(state, VerifiedDrafts((1, 0)), target_rows(logits)) == 1
     assert output(state) == [1, 2]
 
 

@@ -24,9 +24,9 @@ def drafters(golden_artifacts, tmp_path_factory):
     root = tmp_path_factory.mktemp("draws")
     for name in NAMES:
         export_golden_drafter(name, golden_artifacts[name], root / name)
-    for dtype in ("float16", "bfloat16"):
+    for dtype in ("float16", "bfloat16", "int8"):
         export_golden_drafter("qwen3_gated", golden_artifacts["qwen3_gated"], root / dtype, dtype=dtype)
-    return {name: root / name for name in (*NAMES, "float16", "bfloat16")}
+    return {name: root / name for name in (*NAMES, "float16", "bfloat16", "int8")}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def alone(directory, verifier, features, request):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("kind", [*NAMES, "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", [*NAMES, "float16", "bfloat16", "int8"])
 def test_bits_do_not_depend_on_company(golden_artifacts, drafters, kind, threads):
     """Random schedules: batch, order, slots, capacity, how the context came in, moved rows, and stale rows behind."""
     name = kind if kind in NAMES else "qwen3_gated"

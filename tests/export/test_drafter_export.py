@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 
 from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.artifact import STAGE_FILE, load_drafter_artifact
-from dspark_backend.stages.onnxruntime_drafter import D2T_FILE, OnnxRuntimeDrafter
+from dspark_backend.stages.onnxruntime_drafter import OnnxRuntimeDrafter
+from dspark_backend.stages.shared_weights import D2T_FILE
 from dspark_export.drafter import DrafterExport, export_drafter
 from dspark_export.errors import ExportError
 from dspark_export.torch_drafter import load_torch_drafter
@@ -250,7 +251,7 @@ def test_a_damaged_checkpoint_leaves_the_old_artifact(golden_artifacts, tmp_path
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_smaller_storage_gives_nearly_the_same_numbers(golden_artifacts, drafters, tmp_path, dtype):
     export_drafter(DrafterExport(GOLDEN / NAME / "drafter", golden_artifacts[NAME], tmp_path / "d", dtype), silent)
     files = [

@@ -12,13 +12,13 @@ from drafters import golden_torch_drafter
 from dspark_export.errors import ExportError
 from dspark_export.torch_heads import MarkovHead
 from dspark_export.training.export import pick_mask_token
-from dspark_export.training.features import restricted
 from dspark_export.training.markov_init import (
     SparseRows,
     bigram_factors,
     leading_right_vectors,
     start_from_bigrams,
 )
+from dspark_export.training.record import top_of
 from dspark_export.training.statistics import TokenStatistics, most_frequent
 
 
@@ -137,11 +137,13 @@ def test_the_mask_token_was_trained():
     assert pick_mask_token(embedding) == 6
 
 
-def test_distributions_are_of_the_whole_vocabulary():
+def test_the_most_probable_tokens_are_recorded_with_what_is_left():
     logits = torch.log(torch.tensor([[0.5, 0.25, 0.125, 0.125]])) + 3.0
-    rows = restricted(logits, torch.tensor([1, 3]))
-    assert rows.probabilities.tolist()[0] == pytest.approx([0.25, 0.125])
-    assert rows.outside.tolist() == pytest.approx([0.625])
-    whole = restricted(logits, None)
-    assert whole.probabilities.tolist()[0] == pytest.approx([0.5, 0.25, 0.125, 0.125])
-    assert whole.outside.tolist() == [0.0]
+    ids, probabilities, rest = top_of(logits)
+    assert ids.dtype == torch.int32 and ids.tolist()[0][:2] == [0, 1] and sorted(ids.tolist()[0]) == [0, 1, 2, 3]
+    assert probabilities.tolist()[0] == pytest.approx([0.5, 0.25, 0.125, 0.125], rel=1e-3)
+    assert rest.tolist() == pytest.approx([0.0], abs=1e-6)
+    wide = torch.zeros(2, 200)
+    ids, probabilities, rest = top_of(wide)
+    assert ids.shape == (2, 128) and rest.tolist() == pytest.approx([72 / 200] * 2, rel=1e-5)
+    assert probabilities.float().sum(dim=1).tolist() == pytest.approx([128 / 200] * 2, rel=1e-3)

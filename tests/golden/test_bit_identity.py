@@ -40,9 +40,9 @@ class Subject:
             assert same_bits(found, self.expected[member]), f"seed {seed}: sequence {member}, {threads} threads"
 
 
-@pytest.fixture(scope="module", params=[*GOLDEN_NAMES, "float16", "bfloat16"])
+@pytest.fixture(scope="module", params=[*GOLDEN_NAMES, "float16", "bfloat16", "int8"])
 def tiny(request, golden_artifacts, tmp_path_factory) -> Subject:
-    """Every golden target in float32, and one of them in each other storage that the exporter writes."""
+    """Every golden target in float32, and one of them in each other precision that the exporter writes."""
     if request.param in GOLDEN_NAMES:
         artifact = golden_artifacts[request.param]
     else:
@@ -94,7 +94,8 @@ def test_stale_rows_of_the_own_past_would_change_bits(tiny):
 
 
 @pytest.mark.slow
-def test_smollm2(smollm2_artifact):
-    subject = Subject(smollm2_artifact, (150, 40, 17))
+@pytest.mark.parametrize("precision", ["smollm2_artifact", "smollm2_int8"])
+def test_smollm2(precision, request):
+    subject = Subject(request.getfixturevalue(precision), (150, 40, 17))
     for seed in range(6):
         subject.check(seed, longest_chunk=24)

@@ -85,7 +85,7 @@ def exported(model: str) -> Path:
     with exclusive(cache / "export.lock"):
         return quickstart_repository.export(
             [sys.executable, "-m", "dspark_export.cli"],
-            MODELS.get(model, model),
+            quickstart_repository.verifier(MODELS.get(model, model)),
             f"{platform.python_version()} {packages}",
             cache,
             cache / "export.log",
@@ -124,7 +124,7 @@ def make_repository(tmp_path_factory: pytest.TempPathFactory) -> MakeRepository:
         model: str | Path = "tiny", parameters: Mapping[str, str | None] | None = None, drafter: Path | None = None
     ) -> Path:
         artifact = Path(model) if (Path(model) / "stage.json").is_file() else exported(str(model))
-        repository = quickstart_repository.assemble(artifact, tmp_path_factory.mktemp("server") / "repository")
+        repository = quickstart_repository.assemble(tmp_path_factory.mktemp("server") / "repository", artifact)
         speculating: dict[str, str | None] = {}
         if drafter is not None:
             shutil.copytree(drafter, repository / "drafter" / "1", dirs_exist_ok=True)

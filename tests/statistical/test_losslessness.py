@@ -19,7 +19,7 @@ from dspark_backend.request import SamplingParams
 from dspark_backend.rng import Purpose, RngStreams
 from dspark_backend.sampling import draw
 from dspark_backend.scheduling import Causal, DepthPolicy, DraftRound, Fixed, IntArray, parse_policy
-from dspark_backend.verification import VerifiedDrafts, take_tokens
+from dspark_backend.verification import TargetRows, VerifiedDrafts, take_tokens
 
 DRAWS = 100_000
 CONTROL_DRAWS = 12_000
@@ -168,8 +168,8 @@ def test_control_p_and_q_swapped_is_found(monkeypatch):
 class BonusFromDraft(Decoder):
     """Where all drafts stand, the token behind them is another draft."""
 
-    def take(self, row: Row, drafts: VerifiedDrafts, logits: np.ndarray, argmax: np.ndarray) -> None:
-        accepted, output = take_tokens(row.sequence, drafts, logits, argmax), row.sequence.context
+    def take(self, row: Row, drafts: VerifiedDrafts, target: TargetRows) -> None:
+        accepted, output = take_tokens(row.sequence, drafts, target), row.sequence.context
         if accepted == len(drafts.tokens):
             output.rollback(output.output_length - 1)
             told = proposal(self.chains, row.params, row.last)

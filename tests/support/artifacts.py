@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,23 +61,37 @@ def exported(model: str, folder: Path) -> Path:
 
     ``folder`` gets hard links of the cached files: a later run with newer sources may clear the cache meanwhile.
     """
+    return _linked(_cached(lambda repository: repository.verifier(model)), folder)
+
+
+def served_pair(folder: Path) -> tuple[Path, Path]:
+    """Verifier and drafter that the quickstart serves, as it exports them; otherwise as ``exported``."""
+    verifier = _cached(lambda repository: repository.served_verifier())
+    drafter = _cached(lambda repository: repository.served_drafter(verifier))
+    return _linked(verifier, folder / "verifier"), _linked(drafter, folder / "drafter")
+
+
+def _cached(wanted: Callable[[Any], Any]) -> Path:
     quickstart = str(CHECKOUT / "deploy" / "quickstart")
     if quickstart not in sys.path:
         sys.path.append(quickstart)
-    import repository as quickstart_repository
+    import repository
     from locks import exclusive
 
     packages = " ".join(f"{name}={version(name)}" for name in ("onnx", "onnx_ir", "numpy", "gguf"))
     cache = cache_folder()
     with exclusive(cache / "export.lock"):
-        cached = quickstart_repository.export(
+        return repository.export(
             [sys.executable, "-m", "dspark_export.cli"],
-            model,
+            wanted(repository),
             f"{platform.python_version()} {packages}",
             cache,
             cache / "export.log",
         )
-        shutil.copytree(cached, folder, copy_function=_link)
+
+
+def _linked(cached: Path, folder: Path) -> Path:
+    shutil.copytree(cached, folder, copy_function=_link)
     return folder
 
 

@@ -187,17 +187,11 @@ def context_rows(features: np.ndarray, first: int, end: int, slot: int) -> Conte
 
 
 def bind_intermediates(stage: OnnxRuntimeDrafter, count: int) -> dict[str, np.ndarray]:
-    """Arrays that every later round fills, of ``count`` requests: hidden, base_logits, draft_logits.
-
-    The caller keeps them for as long as the stage runs: it writes to their addresses.
-    """
+    """Arrays that every later round fills, of ``count`` requests: hidden, base_logits, draft_logits."""
     artifact = stage.artifact
     widths = {
         "hidden": artifact.hidden_size,
         "base_logits": artifact.draft_vocab_size,
         "draft_logits": artifact.draft_vocab_size,
     }
-    arrays = {key: np.empty((count, artifact.block_size, width), np.float32) for key, width in widths.items()}
-    for key, array in arrays.items():
-        stage._draft.output(key, array)
-    return arrays
+    return {key: stage._draft.output(key, (count, artifact.block_size, width)) for key, width in widths.items()}

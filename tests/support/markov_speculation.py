@@ -23,9 +23,14 @@ from dspark_backend.rng import Purpose
 from dspark_backend.sampling import target_distribution
 from dspark_backend.scheduling import DepthPolicy, DraftRound, IntArray, Lagged
 from dspark_backend.sequence import RequestState, SequenceState
-from dspark_backend.verification import NO_DRAFTS, VerifiedDrafts, take_tokens
+from dspark_backend.verification import NO_DRAFTS, TargetRows, VerifiedDrafts, take_tokens
 
 PLENTY = 1 << 30
+
+
+def target_rows(logits: np.ndarray) -> TargetRows:
+    """What the graph says of logits [n, V]."""
+    return TargetRows(logits, logits.argmax(axis=1).tolist(), logits.max(axis=1).tolist())
 
 
 class NoSink:
@@ -132,7 +137,6 @@ class Decoder:
 
     def __post_init__(self) -> None:
         self.depths_seen = np.zeros((len(self.rows), self.chains.block + 1), dtype=np.int64)
-        self._argmax = self.chains.target.argmax(axis=1)
 
     @classmethod
     def build(
@@ -189,10 +193,10 @@ class Decoder:
                 self.depths_seen[open_rows[place], depth] += 1
             drafts = VerifiedDrafts(tokens[:depth], proposals[:depth]) if depth else NO_DRAFTS
             before = [row.last, *drafts.tokens]
-            self.take(row, drafts, self.chains.target[before], self._argmax[before])
+            self.take(row, drafts, target_rows(self.chains.target[before]))
 
-    def take(self, row: Row, drafts: VerifiedDrafts, logits: np.ndarray, argmax: np.ndarray) -> None:
-        take_tokens(row.sequence, drafts, logits, argmax)
+    def take(self, row: Row, drafts: VerifiedDrafts, target: TargetRows) -> None:
+        take_tokens(row.sequence, drafts, target)
 
     def _draft(self, row: Row) -> tuple[tuple[int, ...], tuple[Proposal, ...], list[float]]:
         """Tokens, what is told of their distributions, and their confidences."""
@@ -218,10 +222,10 @@ def remember_distributions(monkeypatch) -> None:
     """Let verification ask the real ``target_distribution`` once for each distinct input: ten times as many draws."""
     known: dict[tuple[object, ...], np.ndarray] = {}
 
-    def remembered(logits, params, context, mask):
+    def remembered(logits, params, context, mask, peak):
         key = (id(params), logits.tobytes(), tuple(context.output_ids) if params.penalises else None)
         if key not in known:
-            known[key] = target_distribution(logits, params, context, mask)
+            known[key] = target_distribution(logits, params, context, mask, peak)
             known[key].flags.writeable = False
         return known[key]
 

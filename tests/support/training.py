@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from artifacts import export
 
 from dspark_export.training.checkpoint import CHECKPOINT_FILE, Checkpoint, load_checkpoint
+from dspark_export.training.corpus_settings import CorpusSettings
 from dspark_export.training.run import RunReport, Status, TrainingRun
 from dspark_export.training.settings import TrainSettings
 
@@ -43,7 +44,12 @@ class Target:
     verifier: Path
 
     def settings(self, out: Path, **changes: Any) -> TrainSettings:
-        return TrainSettings(self.verifier, str(self.model), out, **{**SMALL, **changes})
+        given = {**SMALL, **changes}
+        names = {field.name for field in fields(CorpusSettings)}
+        text = CorpusSettings(self.verifier, **{name: value for name, value in given.items() if name in names})
+        return TrainSettings(
+            text, str(self.model), out, **{name: value for name, value in given.items() if name not in names}
+        )  # fmt: skip
 
     def command_line(self, out: Path, **changes: Any) -> list[str]:
         """Arguments of ``dspark-export train`` for the same settings."""
@@ -105,7 +111,7 @@ def differences(left: Any, right: Any, path: str = "") -> list[str]:
 
 def learned_differences(left: Checkpoint, right: Checkpoint) -> list[str]:
     """Differences of all that a run has learned and will draw; clocks do not count."""
-    parts = ("model", "average", "optimiser", "random_state", "config", "precision")
+    parts = ("model", "average", "optimisers", "random_state", "config", "feature_scale", "precision")
     found = [name for part in parts for name in differences(getattr(left, part), getattr(right, part), part)]
-    counts = ("step", "round", "offset", "seen_tokens")
+    counts = ("step", "round", "offset", "shards", "fresh", "seen_tokens")
     return found + [name for name in counts if getattr(left.position, name) != getattr(right.position, name)]

@@ -17,7 +17,7 @@ import numpy as np
 from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.batch import FloatArray
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 STAGE_FILE = "stage.json"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,45 @@ class Segment:
     """Index within ``token_ids`` of the first token whose logits are wanted; its length wants none."""
 
 
+@dataclass(frozen=True, eq=False)
+class BatchLayout:
+    """How segments of given lengths lie one after another. Read-only int64 arrays: a layout is shared by its steps.
+
+    While the same requests decode, few combinations of lengths come up, again and again.
+    """
+
+    segment_of: IntArray
+    """[B]: which segment a token belongs to."""
+    columns: IntArray
+    """[B]: index of a token within its segment."""
+    offsets: IntArray
+    """[R + 1]: first token of each segment."""
+    logit_rows: IntArray
+    """[N]: tokens whose logits are wanted, in order."""
+    logit_offsets: IntArray
+    """[R + 1]: first wanted row of each segment."""
+    longest: int
+    """Tokens of the longest segment."""
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def of(cls, lengths: tuple[int, ...], logits_from: tuple[int, ...]) -> BatchLayout:
+        """Of R segments with so many tokens each, of which the first ``logits_from`` want no logits."""
+        sizes, silent = np.array(lengths, dtype=np.int64), np.array(logits_from, dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        columns = np.arange(offsets[-1]) - offsets[:-1].repeat(sizes)
+        arrays = (
+            np.arange(len(lengths)).repeat(sizes),
+            columns,
+            offsets,
+            np.flatnonzero(columns >= silent.repeat(sizes)),
+            np.concatenate([[0], np.cumsum(sizes - silent)]),
+        )
+        for array in arrays:
+            array.setflags(write=False)
+        return cls(*arrays, longest=max(lengths))
+
+
 @dataclass(frozen=True)
 class StepBatch:
     """A ragged batch: B tokens of R segments, flat, segment by segment. All int64."""
@@ -32,41 +73,39 @@ class StepBatch:
     """[B]"""
     positions: IntArray
     """[B]"""
-    segment_of: IntArray
-    """[B]: which segment a token belongs to."""
-    columns: IntArray
-    """[B]: index of a token within its segment."""
     slots: IntArray
     """[R]: one slot a segment, all different."""
-    offsets: IntArray
-    """[R + 1]: first token of each segment."""
-    logit_rows: IntArray
-    """[N]: tokens whose logits are wanted, in order."""
-    logit_offsets: IntArray
-    """[R + 1]: first wanted row of each segment."""
+    layout: BatchLayout
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def offsets(self) -> IntArray:
+        return self.layout.offsets
+
+    @property
+    def logit_rows(self) -> IntArray:
+        return self.layout.logit_rows
+
+    @property
+    def logit_offsets(self) -> IntArray:
+        return self.layout.logit_offsets
+
     @classmethod
     def pack(cls, segments: Sequence[Segment]) -> StepBatch:
         """Lay the segments out one after another."""
-        lengths = np.array([len(segment.token_ids) for segment in segments], dtype=np.int64)
+        layout = BatchLayout.of(
+            tuple(len(segment.token_ids) for segment in segments), tuple(segment.logits_from for segment in segments)
+        )
+        token_ids = itertools.chain.from_iterable(segment.token_ids for segment in segments)
         starts = np.array([segment.start for segment in segments], dtype=np.int64)
-        first_logit = np.array([segment.logits_from for segment in segments], dtype=np.int64)
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        segment_of = np.repeat(np.arange(len(segments)), lengths)
-        columns = np.arange(offsets[-1]) - offsets[segment_of]
         return cls(
-            token_ids=np.concatenate([np.asarray(segment.token_ids, dtype=np.int64) for segment in segments]),
-            positions=starts[segment_of] + columns,
-            segment_of=segment_of,
-            columns=columns,
+            token_ids=np.fromiter(token_ids, dtype=np.int64, count=len(layout.columns)),
+            positions=starts[layout.segment_of] + layout.columns,
             slots=np.array([segment.slot for segment in segments], dtype=np.int64),
-            offsets=offsets,
-            logit_rows=np.flatnonzero(columns >= first_logit[segment_of]),
-            logit_offsets=np.concatenate([[0], np.cumsum(lengths - first_logit)]).astype(np.int64),
+            layout=layout,
         )
 
 
@@ -78,6 +117,8 @@ class StepOutput:
     """[N, V], float32, as the model gives them."""
     argmax: IntArray
     """[N]: the first index of the largest logit of each row."""
+    top_logit: FloatArray
+    """[N]: that logit; NaN where any logit of the row is."""
     features: FloatArray
     """[B, taps * H]: residual stream after each tapped layer, concatenated in tap order."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dspark_backend.request import SamplingParams
 from dspark_backend.stages.batch import FloatArray, IntArray
 
 
@@ -23,6 +25,27 @@ class ContextRows:
     @property
     def num_rows(self) -> int:
         return len(self.positions)
+
+
+@dataclass(frozen=True)
+class DraftSampling:
+    """How the tokens of R blocks are drawn; the fields are those of :class:`DraftBatch`."""
+
+    temperature: FloatArray
+    top_k: IntArray
+    top_p: FloatArray
+    min_p: FloatArray
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], num_candidates: int) -> DraftSampling:
+        """As requests want their tokens drawn, from at most ``num_candidates``."""
+        top_k = [1 if one.greedy else one.top_k if one.top_k > 0 else num_candidates for one in params]
+        return cls(
+            temperature=np.array([1.0 if one.greedy else one.temperature for one in params], dtype=np.float32),
+            top_k=np.minimum(np.array(top_k, dtype=np.int64), num_candidates),
+            top_p=np.array([one.top_p for one in params], dtype=np.float32),
+            min_p=np.array([one.min_p for one in params], dtype=np.float32),
+        )
 
 
 @dataclass(frozen=True)
@@ -51,7 +74,7 @@ class DraftBatch:
 
 @dataclass(frozen=True)
 class DraftOutput:
-    """What the drafter proposes."""
+    """What the drafter proposes. The arrays are the caller's."""
 
     tokens: IntArray
     """[R, g]"""

@@ -9,8 +9,9 @@ import numpy as np
 
 from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.artifact import VerifierArtifact, load_verifier_artifact
-from dspark_backend.stages.batch import FloatArray, RowMove, StepBatch, StepOutput
-from dspark_backend.stages.binding import CpuBinding, SlotArrays, open_session
+from dspark_backend.stages.batch import BatchLayout, RowMove, StepBatch, StepOutput
+from dspark_backend.stages.binding import CpuBinding, open_session
+from dspark_backend.stages.slot_arrays import SlotArrays, SlotWindow
 
 MODEL_FILE = "model.onnx"
 
@@ -32,7 +33,9 @@ class OnnxRuntimeVerifier:
         # A batched product with a single row takes another kernel, whose sums differ in the last bit.
         self._min_columns = 2 if self._artifact.group == 1 else 1
         self._cache = SlotArrays(self._artifact.num_layers, self._artifact.num_kv_heads, self._artifact.head_dim)
-        self._logits: FloatArray = np.empty((0, self._artifact.vocab_size), dtype=np.float32)
+        self._place: tuple[BatchLayout, SlotWindow, bytes] | None = None
+        """Of the step that is bound."""
+        self._feature_size = len(self._artifact.target_layer_ids) * self._artifact.hidden_size
 
     @property
     def artifact(self) -> VerifierArtifact:
@@ -41,6 +44,7 @@ class OnnxRuntimeVerifier:
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         # Should memory run out, no pointer to a freed cache may stay bound.
         self._binding.clear()
+        self._place = None
         self._cache.allocate(num_slots, capacity, moves)
 
     def copy_rows(self, move: RowMove) -> None:
@@ -50,32 +54,34 @@ class OnnxRuntimeVerifier:
         self._cache.clear_rows(slot)
 
     def step(self, batch: StepBatch) -> StepOutput:
-        first, last = int(batch.slots.min()), int(batch.slots.max())
-        rows = batch.slots[batch.segment_of] - first
-        query_index = np.zeros((last - first + 1, max(int(batch.columns.max()) + 1, self._min_columns)), dtype=np.int64)
-        query_index[rows, batch.columns] = np.arange(batch.num_tokens)
-        wanted = len(batch.logit_rows)
-        if len(self._logits) < wanted:
-            self._logits = np.empty((wanted, self._artifact.vocab_size), dtype=np.float32)
-        logits = self._logits[:wanted]
-        argmax = np.empty(wanted, dtype=np.int64)
-        features = np.empty(
-            (batch.num_tokens, len(self._artifact.target_layer_ids) * self._artifact.hidden_size), dtype=np.float32
+        binding, tokens, wanted = self._binding, batch.num_tokens, len(batch.logit_rows)
+        window = self._cache.window(batch.slots)
+        binding.cache(window)
+        binding.input("input_ids", (tokens,))[:] = batch.token_ids
+        binding.input("positions", (tokens,))[:] = batch.positions
+        place = (batch.layout, window, batch.slots.tobytes())
+        if self._place != place:
+            self._fill_place(batch, window)
+            self._place = place
+        output = StepOutput(
+            logits=binding.output("logits", (wanted, self._artifact.vocab_size)),
+            argmax=binding.output("argmax", (wanted,), np.int64),
+            top_logit=binding.output("top_logit", (wanted,)),
+            features=binding.output("features", (tokens, self._feature_size)),
         )
-
-        binding = self._binding
-        binding.cache(self._cache, first, last - first + 1)
-        binding.input("input_ids", batch.token_ids)
-        binding.input("positions", batch.positions)
-        binding.input("rows", rows)
-        binding.input("columns", batch.columns)
-        binding.input("query_index", query_index)
-        binding.input("logit_rows", batch.logit_rows)
-        binding.output("logits", logits)
-        binding.output("argmax", argmax)
-        binding.output("features", features)
         binding.run()
-        return StepOutput(logits=logits, argmax=argmax, features=features)
+        return output
+
+    def _fill_place(self, batch: StepBatch, window: SlotWindow) -> None:
+        """Inputs that say where tokens go: the same for as long as the same requests have as many tokens each."""
+        binding, layout, tokens = self._binding, batch.layout, batch.num_tokens
+        binding.input("columns", (tokens,))[:] = layout.columns
+        binding.input("logit_rows", layout.logit_rows.shape)[:] = layout.logit_rows
+        rows = binding.input("rows", (tokens,))
+        np.subtract(batch.slots[layout.segment_of], window.first, out=rows)
+        query_index = binding.input("query_index", (window.count, max(layout.longest, self._min_columns)))
+        query_index[:] = 0
+        query_index[rows, layout.columns] = np.arange(tokens)
 
     def close(self) -> None:
         self._binding.clear()

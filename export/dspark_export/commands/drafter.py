@@ -15,7 +15,7 @@ def drafter(
     checkpoint: Annotated[Path, typer.Option(help="Folder of a DSpark drafter: config.json and safetensors.")],
     verifier: Annotated[Path, typer.Option(help="Artifact directory of the verifier it was made for.")],
     out: Annotated[Path, typer.Option(help="Artifact directory, such as model_repository/drafter/1.")],
-    dtype: Annotated[str, typer.Option(help="Storage of the weights: float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Precision: int8, or storage float32, float16 or bfloat16.")] = "float32",
 ) -> None:
     """Export a drafter for an exported verifier."""
     options = DrafterExport(checkpoint, verifier, out, dtype)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -16,6 +14,7 @@ import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from dspark_export.commands.progress import console
+from dspark_export.commands.signals import stop_on_signals
 from dspark_export.errors import ExportError
 
 if TYPE_CHECKING:
@@ -31,6 +30,13 @@ def train(
     prompts: Annotated[
         list[Path] | None, typer.Option(help="Prompt file (JSON lines or text); may be repeated.")
     ] = None,
+    openings: Annotated[
+        list[Path] | None, typer.Option(help="Beginnings of user turns, one a line; may be repeated.")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Folder of the text, which dspark-export corpus may write; default in --out.")
+    ] = None,
+    feature_cache: Annotated[bool, typer.Option(help="Keep what the target said along the text.")] = True,
     hours: Annotated[float | None, typer.Option(help="Time to spend, text generation included; default 1.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Instead of hours: tokens of answers to train on.")] = None,
     block_size: Annotated[int, typer.Option(help="Tokens drafted a round.")] = 5,
@@ -41,31 +47,44 @@ def train(
         int | None, typer.Option(help="Propose only the target's N most frequent tokens; default all.")
     ] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="Of the drafter's MLPs; default the target's.")] = None,
+    target_layer_ids: Annotated[
+        str | None,
+        typer.Option(help="Of the verifier's layers, those that the drafter reads, such as 1,8; default all."),
+    ] = None,
     init_markov: Annotated[str, typer.Option(help="Markov head at the start: bigram or random.")] = "bigram",
     init_layers: Annotated[str, typer.Option(help="Layers at the start: random, or target for copies of its last.")] = (
-        "random"
+        "target"
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     seed: Annotated[int, typer.Option(help="Of text, order, anchors and weights.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads; 0 takes one a core.")] = 0,
-    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 1e-3,
+    optimiser: Annotated[str, typer.Option(help="adamw, or muon for the matrices.")] = "adamw",
+    muon_rate: Annotated[float, typer.Option(help="Muon's learning rate as a multiple of AdamW's.")] = 1.0,
+    muon_iterations: Annotated[int, typer.Option(help="Newton-Schulz steps of Muon.")] = 5,
+    learning_rate: Annotated[float, typer.Option(help="At its peak.")] = 3e-3,
+    schedule: Annotated[str, typer.Option(help="cosine, or wsd, whose budget may be made longer with --resume.")] = (
+        "cosine"
+    ),
+    decay_share: Annotated[float, typer.Option(help="Last part of the budget, in which the rate of wsd falls.")] = 0.2,
     warmup_steps: Annotated[int, typer.Option(help="Steps up to it.")] = 50,
     weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 0.01,
     ema: Annotated[float, typer.Option(help="Decay of the averaged weights, which are the ones written.")] = 0.999,
-    dialogues_per_step: Annotated[int, typer.Option(help="Dialogues of a step.")] = 4,
-    anchors: Annotated[int, typer.Option(help="Most blocks of each.")] = 128,
+    dialogues_per_step: Annotated[int, typer.Option(help="Dialogues of a step.")] = 16,
+    anchors: Annotated[int, typer.Option(help="Most blocks of each.")] = 32,
     passes: Annotated[int, typer.Option(help="How often a dialogue is trained on.")] = 3,
-    shard_size: Annotated[int, typer.Option(help="Dialogues generated at a time.")] = 64,
+    shard_size: Annotated[int, typer.Option(help="Dialogues generated at a time.")] = 256,
     first_shards: Annotated[int, typer.Option(help="Shards generated before the first step.")] = 2,
-    held_out: Annotated[int, typer.Option(help="Dialogues that only measure.")] = 24,
+    held_out: Annotated[int, typer.Option(help="Dialogues that only measure.")] = 48,
     answer_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 192,
     prompt_tokens: Annotated[int, typer.Option(help="Most tokens of a prompt.")] = 160,
+    prompt_temperature: Annotated[float, typer.Option(help="At which the target writes prompts.")] = 1.0,
     sampled_share: Annotated[float, typer.Option(help="Part of the answers drawn at temperature 1.")] = 0.5,
     answers_per_prompt: Annotated[int, typer.Option(help="At most one of them greedy.")] = 2,
-    slots: Annotated[int, typer.Option(help="Answers generated at once.")] = 16,
+    slots: Annotated[int, typer.Option(help="Answers generated at once.")] = 64,
     ce_weight: Annotated[float, typer.Option(help="Of the cross entropy in the loss.")] = 0.1,
     l1_weight: Annotated[float, typer.Option(help="Of the distance to the target's distribution.")] = 0.9,
     confidence_weight: Annotated[float, typer.Option(help="Of the confidence head.")] = 1.0,
+    distribution_weight: Annotated[float, typer.Option(help="Of the cross entropy to its whole distribution.")] = 1.0,
     position_decay: Annotated[float, typer.Option(help="Slot k weighs exp(-k / this).")] = 4.0,
     dtype: Annotated[str, typer.Option(help="Storage of the drafter: float32, float16 or bfloat16.")] = "bfloat16",
     precision: Annotated[str, typer.Option(help="While training: float32, bfloat16, or auto for the faster.")] = "auto",
@@ -75,6 +94,7 @@ def train(
     """Train a drafter for an exported verifier on text that the target writes itself."""
     given: dict[str, Any] = dict(locals())
     try:
+        from dspark_export.training.corpus_settings import CorpusSettings
         from dspark_export.training.generate import Stopped
         from dspark_export.training.run import TrainingRun
         from dspark_export.training.settings import TrainSettings
@@ -84,18 +104,37 @@ def train(
         raise ExportError(
             "training needs torch; install it: pip install 'dspark-triton[export,backend,train]'"
         ) from None
-    settings = TrainSettings(
-        **{field.name: given[field.name] for field in fields(TrainSettings) if field.name not in ("prompts", "clip")},
+    text = CorpusSettings(
+        **{name: given[name] for name in _names(CorpusSettings) - {"prompts", "openings"}},
         prompts=tuple(prompts or ()),
+        openings=tuple(openings or ()),
     )
-    with _stop_on_signals() as stop, _display() as show:
+    settings = TrainSettings(
+        text=text,
+        target_layer_ids=_layers(target_layer_ids),
+        **{name: given[name] for name in _names(TrainSettings) - {"text", "target_layer_ids", "clip"}},
+    )
+    with stop_on_signals() as stop, _display() as show:
         try:
             report = TrainingRun(settings, stop.is_set, show).run(resume)
         except Stopped:
             report = None
         except FloatingPointError as error:
             raise ExportError(str(error)) from error
-    _say(report, settings.out, settings.verifier)
+    _say(report, settings.out, verifier)
+
+
+def _names(settings: type[Any]) -> set[str]:
+    return {field.name for field in fields(settings)}
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ExportError(f"--target-layer-ids: expected numbers such as 1,8,14, got {text!r}") from None
 
 
 def _say(report: RunReport | None, out: Path, verifier: Path) -> None:
@@ -105,31 +144,16 @@ def _say(report: RunReport | None, out: Path, verifier: Path) -> None:
         position = report.position
         text = (
             f"{position.step} steps, {position.seen_tokens} tokens, {timedelta(seconds=round(position.seconds))}: "
-            f"held-out accepted length {report.held_out.accepted_length:.3f} (greedy)\n"
+            f"held-out accepted length {report.held_out.accepted_length:.3f} (greedy)"
         )
+        domains = report.held_out.by_domain
+        text += f": {', '.join(f'{name} {length:.3f}' for name, length in domains)}\n" if len(domains) > 1 else "\n"
         text += (
             f"dspark-export drafter --checkpoint {out} --verifier {verifier} --out DIR exports it"
             if report.finished
             else f"stopped before the end; go on with --resume. The drafter so far is in {out}"
         )
     console.print(text, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
-    """Set by SIGTERM or the first SIGINT; a second SIGINT interrupts as usual."""
-    event = threading.Event()
-
-    def on_signal(number: int, frame: object) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

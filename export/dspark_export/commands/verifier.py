@@ -17,7 +17,9 @@ from dspark_export.verifier import DEFAULT_MAX_CONTEXT, VerifierExport, export_v
 def verifier(
     model: Annotated[str, typer.Option(help="Hugging Face folder, .gguf file, or smollm2-135m (its package's file).")],
     out: Annotated[Path, typer.Option(help="Artifact directory, such as model_repository/verifier/1.")],
-    dtype: Annotated[str, typer.Option(help="Storage of the weights: float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="Precision: int8 (products in int8), or storage float32, float16 or bfloat16.")
+    ] = "float32",
     runtime: Annotated[str, typer.Option(help="What will run it: onnxruntime.")] = "onnxruntime",
     target_layer_ids: Annotated[
         str, typer.Option(help="Layers whose outputs a drafter reads, such as 1,8,14; default a spread of five.")
@@ -25,21 +27,38 @@ def verifier(
     max_context: Annotated[
         int | None, typer.Option(help=f"Longest sequence; default the model's own, at most {DEFAULT_MAX_CONTEXT}.")
     ] = None,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="For int8: prompt file to calibrate with; default dialogues of our own.")
+    ] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="For int8: tokens of it to calibrate with.")] = 4000,
+    check_tokens: Annotated[
+        int, typer.Option(help="For int8: tokens of the rest on which it is compared with float32.")
+    ] = 20_000,
     check_against_transformers: Annotated[
         bool, typer.Option("--check-against-transformers", help="Compare logits with transformers (needs torch).")
     ] = False,
 ) -> None:
     """Export a target model."""
     begin = time.perf_counter()
-    options = VerifierExport(model, out, dtype, runtime, _layers(target_layer_ids), max_context)
+    options = VerifierExport(
+        model, out, dtype, runtime, _layers(target_layer_ids), max_context,
+        calibration_text, calibration_tokens, check_tokens,
+    )  # fmt: skip
     with progress_bar("read the checkpoint") as progress:
-        artifact = export_verifier(options, progress)
+        exported = export_verifier(options, progress)
+    artifact, quality = exported.artifact, exported.quality
     size = sum(artifact.files.values()) / 2**20
     console.print(
         f"{artifact.family} with {artifact.num_layers} layers, taps {list(artifact.target_layer_ids)}, context "
         f"{artifact.max_context}: {size:.0f} MiB in {out}, {time.perf_counter() - begin:.1f} s",
         highlight=False,
     )
+    if quality is not None:
+        console.print(
+            f"int8 against float32 on {quality.tokens} held-out tokens: KL {quality.kl:.4f}, same most probable token "
+            f"at {quality.top1:.1%}",
+            highlight=False,
+        )
     if check_against_transformers:
         result = compare_with_transformers(resolve_model(model), out)
         console.print(

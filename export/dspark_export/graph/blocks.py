@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from dspark_export.decoder import Attention, Decoder
 from dspark_export.graph.layout import RaggedLayout
+from dspark_export.graph.linear import Linears
 from dspark_export.graph.tape import CONTRIB, GraphTape
 from dspark_export.weights import WeightSource
 
@@ -20,48 +21,38 @@ class Blocks:
     tape: GraphTape
     decoder: Decoder
     weights: WeightSource
+    linears: Linears
 
     def matrix(self, name: str, *shape: int) -> ir.Value:
         """A tensor of the checkpoint as it is."""
         return self.tape.weight(name, shape, lambda: self.weights.read(name))
 
-    def norm(self, value: ir.Value, name: str) -> ir.Value:
-        """RMS norm over the hidden size."""
-        weight = self.matrix(name, self.decoder.hidden_size)
+    def norm_weight(self, name: str, feeds: tuple[str, ...] = ()) -> ir.Value:
+        """An RMS norm's weight, divided by what the product of ``feeds`` wants its input divided by."""
+        smoothing = self.linears.smoothing(feeds)
+        if smoothing is None:
+            return self.matrix(name, self.decoder.hidden_size)
+        return self.tape.table(f"{name}.smoothed", self.weights.read(name).astype(np.float32) / smoothing)
+
+    def norm(self, value: ir.Value, name: str, feeds: tuple[str, ...] = ()) -> ir.Value:
+        """RMS norm over the hidden size; ``feeds``: the projections that alone read it."""
+        weight = self.norm_weight(name, feeds)
         normed: ir.Value = self.tape.op(
             "SimplifiedLayerNormalization", value, weight, axis=-1, epsilon=self.decoder.norm_eps
         )
         return normed
 
-    def add_and_norm(self, value: ir.Value, residual: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+    def add_and_norm(
+        self, value: ir.Value, residual: ir.Value, name: str, feeds: tuple[str, ...] = ()
+    ) -> tuple[ir.Value, ir.Value]:
         """(norm(value + residual), value + residual)"""
-        weight = self.matrix(name, self.decoder.hidden_size)
+        weight = self.norm_weight(name, feeds)
         normed, _, _, total = self.tape.op(
             "SkipSimplifiedLayerNormalization",
             value, residual, weight,
             domain=CONTRIB, outputs=4, epsilon=self.decoder.norm_eps,
         )  # fmt: skip
         return normed, total
-
-    def linear(self, value: ir.Value, names: tuple[str, ...], inner: int, bias: bool) -> ir.Value:
-        """Several projections of one input as a single product: [B, inner] -> [B, sum of their widths]."""
-        widths = [self.weights.shape(f"{name}.weight")[0] for name in names]
-        fused = "+".join(names)
-        weight = self.tape.weight(
-            f"{fused}.weight",
-            (inner, sum(widths)),
-            lambda: np.concatenate([self.weights.read(f"{name}.weight") for name in names]).T,
-        )
-        product: ir.Value = self.tape.op("MatMul", value, weight)
-        if not bias:
-            return product
-        offset = self.tape.weight(
-            f"{fused}.bias",
-            (sum(widths),),
-            lambda: np.concatenate([self.weights.read(f"{name}.bias") for name in names]),
-        )
-        shifted: ir.Value = self.tape.op("Add", product, offset)
-        return shifted
 
     def head_norm(self, value: ir.Value, names: tuple[str, ...], repeats: tuple[int, ...]) -> ir.Value:
         """RMS norm of every head of [B, heads * D]: ``repeats[i]`` heads in a row share the weight ``names[i]``."""
@@ -104,21 +95,26 @@ class Blocks:
     def mlp(self, prefix: str, normed: ir.Value) -> ir.Value:
         """down(silu(gate(x)) * up(x)), [B, H] -> [B, H]."""
         tape, decoder = self.tape, self.decoder
-        both = self.linear(
-            normed, (f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj"), decoder.hidden_size, decoder.mlp_bias
-        )
+        down = (f"{prefix}.mlp.down_proj",)
+        smoothing = self.linears.smoothing(down)
+        # The product of both is what is smoothed, and the up projection alone enters it linearly.
+        divisors = {} if smoothing is None else {f"{prefix}.mlp.up_proj": smoothing}
+        both = self.linears.apply(normed, gate_up_names(prefix), decoder.hidden_size, decoder.mlp_bias, divisors)
         gate, up = tape.op("Split", both, outputs=2, axis=1, num_outputs=2)
         silu = tape.op("QuickGelu", gate, domain=CONTRIB, alpha=1.0)
-        return self.linear(
-            tape.op("Mul", silu, up), (f"{prefix}.mlp.down_proj",), decoder.intermediate_size, decoder.mlp_bias
-        )
+        return self.linears.apply(tape.op("Mul", silu, up), down, decoder.intermediate_size, decoder.mlp_bias)
 
     def query_key_value(self, prefix: str, normed: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Queries and keys of a layer [B, (Hq + Hkv) * D], head-normed where the model does that, and its values."""
         attention = self.decoder.attention
         heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        projections = tuple(f"{prefix}.self_attn.{name}_proj" for name in ("q", "k", "v"))
-        projected = self.linear(normed, projections, self.decoder.hidden_size, attention.qkv_bias)
+        smoothing = self.linears.smoothing(output_names(prefix))
+        # The heads of a group share a value, so that its smoothing is the same for all of them.
+        values = None if smoothing is None else smoothing.reshape(kv_heads, -1, dim)[:, 0].reshape(-1)
+        divisors = {} if values is None else {f"{prefix}.self_attn.v_proj": values}
+        projected = self.linears.apply(
+            normed, qkv_names(prefix), self.decoder.hidden_size, attention.qkv_bias, divisors
+        )
         sizes = self.tape.constant([(heads + kv_heads) * dim, kv_heads * dim])
         joined, value = self.tape.op("Split", projected, sizes, outputs=2, axis=1)
         if attention.qk_norm:
@@ -130,7 +126,19 @@ class Blocks:
         """The attention's output projection, [B, Hq * D] -> [B, H]."""
         attention = self.decoder.attention
         width = attention.num_heads * attention.head_dim
-        return self.linear(mixed, (f"{prefix}.self_attn.o_proj",), width, attention.output_bias)
+        return self.linears.apply(mixed, output_names(prefix), width, attention.output_bias)
+
+
+def qkv_names(prefix: str) -> tuple[str, ...]:
+    return tuple(f"{prefix}.self_attn.{name}_proj" for name in ("q", "k", "v"))
+
+
+def output_names(prefix: str) -> tuple[str, ...]:
+    return (f"{prefix}.self_attn.o_proj",)
+
+
+def gate_up_names(prefix: str) -> tuple[str, ...]:
+    return (f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")
 
 
 def rope_tables(tape: GraphTape, attention: Attention, positions: int) -> tuple[ir.Value, ir.Value]:

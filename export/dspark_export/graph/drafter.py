@@ -18,12 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from dspark_backend.stages.onnxruntime_drafter import SHARED_EMBEDDING, SHARED_HEAD
+from dspark_backend.stages.shared_weights import SHARED_EMBEDDING, SHARED_HEAD, SHARED_HEAD_SCALES
 from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.graph.blocks import Blocks, rope_tables
 from dspark_export.graph.head import SequentialHead
 from dspark_export.graph.layout import RaggedInputs, RaggedLayout, cache_index, ragged_layout
+from dspark_export.graph.linear import FloatLinears, Int8Linears, Linears
 from dspark_export.graph.tape import GraphTape, graph_input, graph_output
+from dspark_export.quantization.plan import Int8Plan
 from dspark_export.weights import WeightSource
 
 _INT, _FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
@@ -41,10 +43,19 @@ class _Context:
 class DrafterGraph:
     """Builds one of the two graphs. Each instance builds once."""
 
-    def __init__(self, spec: DrafterSpec, weights: WeightSource, max_context: int, weight_dtype: str) -> None:
+    def __init__(
+        self,
+        spec: DrafterSpec,
+        weights: WeightSource,
+        max_context: int,
+        weight_dtype: str = "float32",
+        plan: Int8Plan | None = None,
+    ) -> None:
+        """With a ``plan`` the products are int8, the LM head included, and the rest is float32."""
         self._spec = spec
+        self._weights = weights
+        self._plan = plan
         self._tape = GraphTape(weight_dtype)
-        self._blocks = Blocks(self._tape, spec.decoder, weights)
         attention = spec.decoder.attention
         self._cache_shape = ("S", attention.num_kv_heads, "C", attention.head_dim)
         self._rotation = rope_tables(self._tape, attention, max_context)
@@ -56,6 +67,14 @@ class DrafterGraph:
             for layer in range(spec.decoder.num_layers)
             for kind in ("key", "value")
         ]
+
+    def _linears(self, rows: ir.Value) -> Linears:
+        if self._plan is not None:
+            return Int8Linears(self._tape, self._weights, self._plan, rows)
+        return FloatLinears(self._tape, self._weights)
+
+    def _blocks(self, linears: Linears) -> Blocks:
+        return Blocks(self._tape, self._spec.decoder, self._weights, linears)
 
     @property
     def _context_inputs(self) -> list[ir.Value]:
@@ -73,7 +92,7 @@ class DrafterGraph:
 
     def build_draft(self, expose_intermediates: bool = False) -> ir.Model:
         """One round. ``expose_intermediates`` adds hidden [R, g, H], base_logits and draft_logits [R, g, Vd]."""
-        spec, tape, blocks = self._spec, self._tape, self._blocks
+        spec, tape = self._spec, self._tape
         decoder, block = spec.decoder, spec.block_size
         anchors = graph_input("anchors", _INT, ("R",))
         block_rows = graph_input("block_rows", _INT, ("R",))
@@ -82,6 +101,8 @@ class DrafterGraph:
 
         context = self._context()
         layout = self._block_layout(block_rows, starts, query_index)
+        linears = self._linears(layout.position_ids)
+        blocks = self._blocks(linears)
         index = tape.op("Concat", context.index, layout.cache_index, axis=0)
         embedding = tape.shared(SHARED_EMBEDDING, (decoder.vocab_size, decoder.hidden_size))
         masks = tape.op(
@@ -95,7 +116,7 @@ class DrafterGraph:
         written = []
         for layer in range(decoder.num_layers):
             prefix = f"layers.{layer}"
-            query, key, value = self._project(prefix, normed, layout)
+            query, key, value = self._project(blocks, prefix, normed, layout)
             keys, values = self._write(
                 layer,
                 index,
@@ -109,10 +130,9 @@ class DrafterGraph:
             following = "norm.weight" if last else f"layers.{layer + 1}.input_layernorm.weight"
             normed, residual = blocks.add_and_norm(blocks.mlp(prefix, normed), residual, following)
 
-        head_weight = tape.shared(SHARED_HEAD, (spec.draft_vocab_size, decoder.hidden_size))
-        base = tape.reshape(tape.op("Gemm", normed, head_weight, transB=1), (-1, block, spec.draft_vocab_size))
+        base = tape.reshape(self._base_logits(normed, linears), (-1, block, spec.draft_vocab_size))
         hidden = tape.reshape(normed, (-1, block, decoder.hidden_size))
-        head = SequentialHead(spec, blocks)
+        head = SequentialHead(spec, self._blocks(FloatLinears(tape, self._weights)), self._linears(anchors))
         drawn = head.build(anchors, hidden, base)
         outputs = [
             graph_output(drawn.tokens, "tokens", _INT, ("R", block)),
@@ -131,15 +151,25 @@ class DrafterGraph:
         ]  # fmt: skip
         return tape.model("drafter", inputs, [*outputs, *written], {"dspark.stage": "drafter"})
 
+    def _base_logits(self, normed: ir.Value, linears: Linears) -> ir.Value:
+        """U, [R*g, Vd], by the target's LM head."""
+        tape, vocab, hidden = self._tape, self._spec.draft_vocab_size, self._spec.decoder.hidden_size
+        if isinstance(linears, Int8Linears):
+            weight = tape.shared(SHARED_HEAD, (hidden, vocab), ir.DataType.INT8)
+            return linears.shared_head(normed, weight, tape.shared(SHARED_HEAD_SCALES, (vocab,)))
+        logits: ir.Value = tape.op("Gemm", normed, tape.shared(SHARED_HEAD, (vocab, hidden)), transB=1)
+        return logits
+
     def _context(self) -> _Context:
         """c = RMSNorm(fc(features)); keys and values of all layers in one product. c passes no input_layernorm."""
-        spec, tape, blocks = self._spec, self._tape, self._blocks
+        spec, tape = self._spec, self._tape
+        blocks = self._blocks(self._linears(self._context_positions))
         decoder, attention = spec.decoder, spec.decoder.attention
         layers, kv_heads, dim = decoder.num_layers, attention.num_kv_heads, attention.head_dim
-        projected = blocks.linear(self._features, ("fc",), spec.feature_size, bias=False)
+        projected = blocks.linears.apply(self._features, ("fc",), spec.feature_size, bias=False)
         context = blocks.norm(projected, "hidden_norm.weight")
         names = [f"layers.{layer}.self_attn.{kind}_proj" for kind in ("k", "v") for layer in range(layers)]
-        both = blocks.linear(context, tuple(names), decoder.hidden_size, attention.qkv_bias)
+        both = blocks.linears.apply(context, tuple(names), decoder.hidden_size, attention.qkv_bias)
         key, value = tape.op("Split", both, outputs=2, axis=1, num_outputs=2)
         if attention.qk_norm:
             norms = tuple(f"layers.{layer}.self_attn.k_norm.weight" for layer in range(layers))
@@ -185,9 +215,11 @@ class DrafterGraph:
         )
         return ragged_layout(tape, inputs, self._spec.decoder.attention, self._caches[0])
 
-    def _project(self, prefix: str, normed: ir.Value, layout: RaggedLayout) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def _project(
+        self, blocks: Blocks, prefix: str, normed: ir.Value, layout: RaggedLayout
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Queries [S, Hkv, G*g, D], keys and values [R*g, Hkv, D] of the block rows."""
-        tape, blocks, attention = self._tape, self._blocks, self._spec.decoder.attention
+        tape, attention = self._tape, self._spec.decoder.attention
         joined, value = blocks.query_key_value(prefix, normed)
         width = attention.num_heads + attention.num_kv_heads
         rotated = blocks.rotate(joined, width, layout.position_ids, self._rotation)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.graph.blocks import Blocks
+from dspark_export.graph.linear import Linears
 from dspark_export.graph.tape import graph_input
 
 MAX_CANDIDATES = 64
@@ -35,9 +36,11 @@ class Drawn:
 class SequentialHead:
     """Builds the head on the blocks' tape."""
 
-    def __init__(self, spec: DrafterSpec, blocks: Blocks) -> None:
+    def __init__(self, spec: DrafterSpec, blocks: Blocks, vocabulary: Linears) -> None:
+        """``vocabulary`` builds the one large product, W2; what is small stays in float32."""
         self._spec = spec
         self._blocks = blocks
+        self._vocabulary = vocabulary
         self._tape = blocks.tape
         self.num_candidates = min(MAX_CANDIDATES, spec.draft_vocab_size)
         self._uniforms = graph_input("uniforms", ir.DataType.FLOAT, ("R", spec.block_size))
@@ -56,11 +59,6 @@ class SequentialHead:
         spec, tape = self._spec, self._tape
         rank, vocab = spec.markov_rank, spec.decoder.vocab_size
         first = self._blocks.matrix("markov_head.markov_w1.weight", vocab, rank)
-        second = tape.weight(
-            "markov_head.markov_w2.weight.T",
-            (rank, spec.draft_vocab_size),
-            lambda: self._blocks.weights.read("markov_head.markov_w2.weight").T,
-        )
         to_target = None
         if spec.draft_vocab_size != vocab:
             to_target = tape.table("d2t", self._blocks.weights.read("d2t").astype(np.int64))
@@ -73,7 +71,8 @@ class SequentialHead:
             e = tape.op("Gather", first, previous, axis=0)  # [R, r]
             confidence = self._confidence(h, e)
             mixed, state = self._mix(h, e, state)
-            logits = tape.op("Add", u, tape.op("MatMul", mixed, second))
+            bias = self._vocabulary.apply(mixed, ("markov_head.markov_w2",), rank, bias=False)
+            logits = tape.op("Add", u, bias)
             previous, candidates, probabilities = self._draw(logits, slot, to_target)
             steps.append((previous, candidates, probabilities, confidence, logits))
         stacked = [
@@ -99,10 +98,12 @@ class SequentialHead:
             return e, None
         if spec.head == "gated":
             joined = tape.op("Concat", h, e, axis=1)
-            gate = tape.op("Sigmoid", blocks.linear(joined, ("markov_head.gate_proj",), hidden + rank, bias=True))
+            gate = tape.op(
+                "Sigmoid", blocks.linears.apply(joined, ("markov_head.gate_proj",), hidden + rank, bias=True)
+            )
             return tape.op("Mul", gate, e), None
         joined = tape.op("Concat", state, e, h, axis=1)
-        projected = blocks.linear(joined, ("markov_head.joint_proj",), hidden + 2 * rank, bias=True)
+        projected = blocks.linears.apply(joined, ("markov_head.joint_proj",), hidden + 2 * rank, bias=True)
         gate, candidate, output = tape.op("Split", projected, outputs=3, axis=1, num_outputs=3)
         gate = tape.op("Sigmoid", gate)
         kept = tape.op("Mul", gate, state)
@@ -118,7 +119,7 @@ class SequentialHead:
             return certain
         seen = tape.op("Concat", h, e, axis=1) if spec.confidence_with_markov else h
         width = spec.decoder.hidden_size + (spec.markov_rank if spec.confidence_with_markov else 0)
-        logit = self._blocks.linear(seen, ("confidence_head.proj",), width, bias=True)
+        logit = self._blocks.linears.apply(seen, ("confidence_head.proj",), width, bias=True)
         flat: ir.Value = tape.op("Squeeze", logit, tape.constant([1]))
         return flat
 

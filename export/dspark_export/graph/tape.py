@@ -40,6 +40,7 @@ class GraphTape:
         self._tape = ir.tape.Tape()
         self._weight_dtype = weight_dtype
         self._constants: dict[tuple[str, bytes, tuple[int, ...]], ir.Value] = {}
+        self._weights: dict[str, ir.Value] = {}
 
     def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
         """Add a node. Returns its output, or the list of them where ``outputs`` is more than 1."""
@@ -61,7 +62,9 @@ class GraphTape:
         return self._tape.initializer(ir.tensor(array, name=name))
 
     def weight(self, name: str, shape: Sequence[int], read: Callable[[], NDArray[Any]]) -> ir.Value:
-        """A checkpoint's tensor in the storage dtype, cast to float32 where that is another one."""
+        """A checkpoint's tensor in the storage dtype, cast to float32 where that is another one; once for each name."""
+        if name in self._weights:
+            return self._weights[name]
         dtype = _STORAGE[self._weight_dtype]
 
         def load() -> ir.TensorProtocol:
@@ -73,18 +76,22 @@ class GraphTape:
                 )
             return ir.Tensor(array, name=name)
 
-        stored: ir.Value = self._tape.initializer(ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name))
-        if dtype == ir.DataType.FLOAT:
-            return stored
-        cast: ir.Value = self.op("Cast", stored, to=ir.DataType.FLOAT)
-        return cast
+        value = self._tape.initializer(ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name))
+        if dtype != ir.DataType.FLOAT:
+            value = self.op("Cast", value, to=ir.DataType.FLOAT)
+        self._weights[name] = value
+        return value
 
-    def shared(self, name: str, shape: Sequence[int]) -> ir.Value:
-        """A float32 initializer without data: whoever loads the graph provides it under this name."""
-        size = 4 * int(np.prod(shape))
-        tensor = ir.ExternalTensor(
-            SHARED_LOCATION, 0, size, ir.DataType.FLOAT, shape=ir.Shape(shape), name=name, base_dir=""
+    def stored(self, name: str, shape: Sequence[int], dtype: ir.DataType, read: Callable[[], NDArray[Any]]) -> ir.Value:
+        """An array that is computed when the graph is saved, in the dtype it has."""
+        return self._tape.initializer(
+            ir.LazyTensor(lambda: ir.Tensor(read(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
         )
+
+    def shared(self, name: str, shape: Sequence[int], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+        """An initializer without data: whoever loads the graph provides it under this name."""
+        size = dtype.itemsize * int(np.prod(shape))
+        tensor = ir.ExternalTensor(SHARED_LOCATION, 0, int(size), dtype, shape=ir.Shape(shape), name=name, base_dir="")
         return self._tape.initializer(tensor)
 
     def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:

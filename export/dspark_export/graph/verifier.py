@@ -11,34 +11,56 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dspark_export.decoder import Decoder
-from dspark_export.graph.blocks import Blocks, rope_tables
+from dspark_export.graph.blocks import Blocks, gate_up_names, qkv_names, rope_tables
 from dspark_export.graph.layout import RaggedInputs, RaggedLayout, ragged_layout
+from dspark_export.graph.linear import FloatLinears, Int8Linears, Linears
 from dspark_export.graph.tape import GraphTape, graph_input, graph_output
+from dspark_export.quantization.activations import INPUT_PREFIX
+from dspark_export.quantization.plan import Int8Plan
 from dspark_export.weights import WeightSource
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
 
 
 class VerifierGraph:
-    """Builds the graph of one decoder. ``build`` may be called once."""
+    """Builds the graph of one decoder. ``build`` may be called once.
+
+    With a ``plan`` the products are int8; the rest, the embedding included, is float32. ``probe`` adds the input of
+    every product as an output, for the pass that makes a plan.
+    """
 
     def __init__(
-        self, decoder: Decoder, weights: WeightSource, taps: tuple[int, ...], max_context: int, weight_dtype: str
+        self,
+        decoder: Decoder,
+        weights: WeightSource,
+        taps: tuple[int, ...],
+        max_context: int,
+        weight_dtype: str = "float32",
+        plan: Int8Plan | None = None,
+        probe: bool = False,
     ) -> None:
         self._decoder = decoder
+        self._weights = weights
         self._taps = taps
         self._max_context = max_context
         self._tape = GraphTape(weight_dtype)
-        self._blocks = Blocks(self._tape, decoder, weights)
+        self._plan = plan
+        self._probed: dict[str, ir.Value] | None = {} if probe else None
+
+    def _linears(self, rows: ir.Value) -> Linears:
+        if self._plan is not None:
+            return Int8Linears(self._tape, self._weights, self._plan, rows)
+        return FloatLinears(self._tape, self._weights, self._probed)
 
     def build(self) -> ir.Model:
         """The whole model; weights are read when it is saved."""
-        decoder, tape, blocks = self._decoder, self._tape, self._blocks
+        decoder, tape = self._decoder, self._tape
         attention = decoder.attention
         cache_shape = ("R", attention.num_kv_heads, "C", attention.head_dim)
         input_ids = graph_input("input_ids", ir.DataType.INT64, ("B",))
         positions = graph_input("positions", ir.DataType.INT64, ("B",))
+        blocks = Blocks(tape, decoder, self._weights, self._linears(positions))
         ragged = RaggedInputs(
             positions=positions,
             rows=graph_input("rows", ir.DataType.INT64, ("B",)),
@@ -53,47 +75,60 @@ class VerifierGraph:
             for kind in ("key", "value")
         ]
 
+        head = EMBEDDING if decoder.tied_embedding else HEAD
         layout = ragged_layout(tape, ragged, attention, caches[0])
         rotation = rope_tables(tape, attention, self._max_context)
-        embedding = blocks.matrix(EMBEDDING, decoder.vocab_size, decoder.hidden_size)
+        embedding = blocks.matrix(f"{EMBEDDING}.weight", decoder.vocab_size, decoder.hidden_size)
         residual = tape.op("Gather", embedding, input_ids, axis=0)
-        normed = blocks.norm(residual, "model.layers.0.input_layernorm.weight")
+        normed = blocks.norm(residual, "model.layers.0.input_layernorm.weight", qkv_names("model.layers.0"))
         features, written = [], []
         for layer in range(decoder.num_layers):
             prefix = f"model.layers.{layer}"
             mixed, keys, values = self._attention(
-                prefix, normed, layout, rotation, caches[2 * layer], caches[2 * layer + 1]
+                blocks, prefix, normed, layout, rotation, caches[2 * layer], caches[2 * layer + 1]
             )
             written += [
                 graph_output(keys, f"key_cache_{layer}_out", ir.DataType.FLOAT, cache_shape),
                 graph_output(values, f"value_cache_{layer}_out", ir.DataType.FLOAT, cache_shape),
             ]
-            normed, residual = blocks.add_and_norm(mixed, residual, f"{prefix}.post_attention_layernorm.weight")
+            normed, residual = blocks.add_and_norm(
+                mixed, residual, f"{prefix}.post_attention_layernorm.weight", gate_up_names(prefix)
+            )
             fed_forward = blocks.mlp(prefix, normed)
             last = layer == decoder.num_layers - 1
-            following = "model.norm.weight" if last else f"model.layers.{layer + 1}.input_layernorm.weight"
-            normed, residual = blocks.add_and_norm(fed_forward, residual, following)
+            following = f"model.layers.{layer + 1}"
+            norm, feeds = (
+                ("model.norm.weight", (head,))
+                if last
+                else (f"{following}.input_layernorm.weight", qkv_names(following))
+            )
+            normed, residual = blocks.add_and_norm(fed_forward, residual, norm, feeds)
             if layer in self._taps:
                 features.append(residual)
 
         wanted = tape.op("Gather", normed, logit_rows, axis=0)
-        head = embedding
-        if not decoder.tied_embedding:
-            head = blocks.matrix(HEAD, decoder.vocab_size, decoder.hidden_size)
-        logits = tape.op("Gemm", wanted, head, transB=1)
-        best = tape.op("ArgMax", logits, axis=1, keepdims=0)
+        logits = self._linears(logit_rows).head(wanted, head, decoder.vocab_size, decoder.hidden_size)
+        # TopK, not ArgMax: several times faster, takes the lowest index of equal ones as well, and puts NaN above all
+        # numbers, so that one value tells whether a whole row is sound.
+        top, best = tape.op("TopK", logits, tape.constant([1]), outputs=2, axis=1)
         tapped = tape.op("Concat", *features, axis=1) if len(features) > 1 else tape.op("Identity", features[0])
         outputs = [
             graph_output(logits, "logits", ir.DataType.FLOAT, ("N", decoder.vocab_size)),
-            graph_output(best, "argmax", ir.DataType.INT64, ("N",)),
+            graph_output(tape.reshape(best, (-1,)), "argmax", ir.DataType.INT64, ("N",)),
+            graph_output(tape.reshape(top, (-1,)), "top_logit", ir.DataType.FLOAT, ("N",)),
             graph_output(tapped, "features", ir.DataType.FLOAT, ("B", len(self._taps) * decoder.hidden_size)),
             *written,
         ]
+        for name, value in (self._probed or {}).items():
+            # A copy: the same value may feed two products, and an output has one name.
+            copy, label = tape.op("Identity", value), f"{INPUT_PREFIX}{name}"
+            outputs.append(graph_output(copy, label, ir.DataType.FLOAT, ("rows", f"K.{name}")))
         inputs = [input_ids, positions, ragged.rows, ragged.columns, ragged.query_index, logit_rows, *caches]
         return tape.model("verifier", inputs, outputs, {"dspark.stage": "verifier", "dspark.family": decoder.family})
 
     def _attention(
         self,
+        blocks: Blocks,
         prefix: str,
         normed: ir.Value,
         layout: RaggedLayout,
@@ -102,7 +137,7 @@ class VerifierGraph:
         value_cache: ir.Value,
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Output of the attention block [B, H] and the two caches after the new rows were written."""
-        tape, blocks, attention = self._tape, self._blocks, self._decoder.attention
+        tape, attention = self._tape, self._decoder.attention
         joined, value = blocks.query_key_value(prefix, normed)
         width = attention.num_heads + attention.num_kv_heads
         head_rows = tape.reshape(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dspark_export.errors import ExportError
 from dspark_export.torch_drafter import TorchDrafter
+from dspark_export.training.batch import Example
 from dspark_export.training.export import spec_of
 from dspark_export.training.markov_init import bigram_factors, start_from_bigrams
 from dspark_export.training.settings import TrainSettings
@@ -20,6 +21,8 @@ from dspark_export.weights import WeightSource
 
 logger = logging.getLogger(__name__)
 
+_QUIET_FEATURES = 0.1
+"""Of the random weights behind all features but the last."""
 _QUIET_LOGITS = 0.5
 """Standard deviation of the untrained backbone's logits where the bigrams are to be heard."""
 
@@ -29,6 +32,7 @@ def first_drafter(
     settings: TrainSettings,
     shared: tuple[Tensor, Tensor],
     statistics: TokenStatistics,
+    feature_scale: Tensor,
     weights: WeightSource,
 ) -> TorchDrafter:
     """A drafter before its first step. ``shared`` are the target's embedding and LM head; draws from torch's generator.
@@ -37,6 +41,7 @@ def first_drafter(
         ExportError: layers are to be copied from the target, and theirs have other shapes.
     """
     drafter = TorchDrafter(spec_of(config), *shared)
+    drafter.feature_scale.copy_(feature_scale)
     ids = np.arange(drafter.spec.decoder.vocab_size)
     if drafter.d2t is not None:
         ids = most_frequent(statistics.unigrams, drafter.spec.draft_vocab_size)
@@ -55,13 +60,32 @@ def first_drafter(
             drafter.confidence_head.proj.weight.zero_()
             drafter.confidence_head.proj.bias.zero_()
     if settings.init_markov == "bigram":
-        start_from_bigrams(drafter.markov_head, bigram_factors(statistics, ids, settings.rank, settings.seed))
+        start_from_bigrams(drafter.markov_head, bigram_factors(statistics, ids, settings.rank, settings.text.seed))
     return drafter
+
+
+def scale_of(examples: Iterable[Example], columns: Tensor | None) -> Tensor:
+    """[F]: brings every feature to a root mean square of 1 over the answers.
+
+    A few channels of a residual stream are a hundred times larger than the rest, which would hardly be heard.
+    """
+    total: Tensor | None = None
+    count = 0
+    for example in examples:
+        features = example.record.features[example.dialogue.prompt_length :]
+        features = (features if columns is None else features[:, columns]).double()
+        squares = features.square().sum(dim=0)
+        total = squares if total is None else total + squares
+        count += len(features)
+    if total is None or not count:
+        raise ExportError("the text holds no answer to take the size of features from; generate more")
+    root = (total / count).sqrt()
+    return (1.0 / root.clamp(min=1e-3 * float(root.mean()))).float()
 
 
 @torch.no_grad()
 def copy_target_layers(drafter: TorchDrafter, weights: WeightSource) -> None:
-    """Start the layers as the target's last ones.
+    """Start the layers as the target's last ones, which read the last feature as they would in the target.
 
     Raises:
         ExportError: a tensor has another shape, as with another --intermediate-size.
@@ -69,14 +93,24 @@ def copy_target_layers(drafter: TorchDrafter, weights: WeightSource) -> None:
     first = weights.config["num_hidden_layers"] - drafter.spec.decoder.num_layers
     if first < 0:
         raise ExportError(f"--layers: expected at most the target's {weights.config['num_hidden_layers']} to copy")
+
+    def read(name: str, shape: torch.Size) -> Tensor:
+        stored = torch.from_numpy(np.array(weights.read(name), dtype=np.float32))
+        if stored.shape != shape:
+            raise ExportError(
+                f"--init-layers target: expected {name} of shape {tuple(shape)}, the target's is "
+                f"{tuple(stored.shape)}; give --init-layers random, or leave --intermediate-size out"
+            )
+        return stored
+
     for index, layer in enumerate(drafter.layers):
         for name, parameter in layer.named_parameters():
-            stored = torch.from_numpy(
-                np.ascontiguousarray(weights.read(f"model.layers.{first + index}.{name}"), np.float32)
-            )
-            if stored.shape != parameter.shape:
-                raise ExportError(
-                    f"--init-layers target: expected {name} of shape {tuple(parameter.shape)}, the target's is "
-                    f"{tuple(stored.shape)}; leave --intermediate-size out"
-                )
-            parameter.copy_(stored)
+            parameter.copy_(read(f"model.layers.{first + index}.{name}", parameter.shape))
+    # Context rows are no further normed: hidden_norm stands for the layers' own norm of the residual stream.
+    size = drafter.spec.decoder.hidden_size
+    drafter.fc.weight.mul_(_QUIET_FEATURES)
+    root = 1.0 / drafter.feature_scale[-size:]
+    # The norm behind it takes any size: one that a learning rate suits.
+    drafter.fc.weight[:, -size:] = torch.diag(root / root.median())
+    last = f"model.layers.{first + len(drafter.layers) - 1}.input_layernorm.weight"
+    drafter.hidden_norm.weight.copy_(read(last, drafter.hidden_norm.weight.shape))

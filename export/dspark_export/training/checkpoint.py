@@ -15,7 +15,7 @@ from torch import Tensor
 from dspark_export.errors import ExportError
 
 CHECKPOINT_FILE = "checkpoint.pt"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,13 @@ class Position:
 
     step: int = 0
     round: int = 0
-    """Of the corpus: a new shard each, mixed with older ones."""
+    """Of the corpus: new shards, mixed with older ones."""
     offset: int = 0
     """Dialogues of the round that are done."""
+    shards: int = 0
+    """Shards, the held-out one not counted, that the round is made of."""
+    fresh: int = 0
+    """How many of them are new in it."""
     seen_tokens: int = 0
     """Answer tokens trained on, repeats counted."""
     seconds: float = 0.0
@@ -41,11 +45,13 @@ class Checkpoint:
     """Settings that a resumed run must share."""
     config: dict[str, Any]
     """The drafter's config.json."""
+    feature_scale: Tensor
+    """[F]: what the features are multiplied with before they reach ``fc``."""
     precision: str
     position: Position
     model: dict[str, Tensor]
     average: dict[str, Tensor]
-    optimiser: dict[str, Any]
+    optimisers: dict[str, Any]
     random_state: dict[str, Any]
     """Of torch, numpy and Python."""
 

@@ -11,12 +11,16 @@ from dspark_export.figures import figure_panels
 STEPS_FILE = "steps.csv"
 HELD_OUT_FILE = "held_out.csv"
 PICTURE_FILE = "curves.png"
-STEP_COLUMNS = ("step", "seen_tokens", "seconds", "loss", "ce", "l1", "confidence", "gradient_norm", "learning_rate")
+STEP_COLUMNS = (
+    "step", "seen_tokens", "seconds", "loss", "ce", "l1", "confidence", "matched", "gradient_norm", "learning_rate",
+)  # fmt: skip
+_DOMAIN = "accepted_"
 
 
-def held_out_columns(block_size: int) -> tuple[str, ...]:
+def held_out_columns(block_size: int, domains: Sequence[str]) -> tuple[str, ...]:
     """Columns of the held-out file: ``stands_k`` is the conditional acceptance of draft k."""
-    return ("step", "seen_tokens", "seconds", "accepted_length", *(f"stands_{k + 1}" for k in range(block_size)))
+    slots = (f"stands_{k + 1}" for k in range(block_size))
+    return ("step", "seen_tokens", "seconds", "accepted_length", *slots, *(_DOMAIN + domain for domain in domains))
 
 
 class Curve:
@@ -57,12 +61,14 @@ def draw_curves(directory: Path) -> None:
             left.plot(hours, _smooth([float(row[column]) for row in steps]), label=column, linewidth=1.0)
         left.set(xlabel="hours", ylabel="loss")
         left.legend(fontsize="small")
-        right.plot(
-            [float(row["seconds"]) / 3600 for row in held_out],
-            [float(row["accepted_length"]) for row in held_out],
-            marker="o",
-            markersize=3,
-        )
+        spent = [float(row["seconds"]) / 3600 for row in held_out]
+        lengths = [float(row["accepted_length"]) for row in held_out]
+        right.plot(spent, lengths, marker="o", markersize=3, label="all")
+        domains = [column for column in (held_out[0] if held_out else {}) if column.startswith(_DOMAIN)]
+        for column in domains if len(domains) > 1 else ():
+            label = column.removeprefix(_DOMAIN)
+            right.plot(spent, [float(row[column]) for row in held_out], linewidth=1.0, label=label)
+        right.legend(fontsize="small")
         right.set(xlabel="hours", ylabel="held-out accepted length (greedy)")
         for axes in (left, right):
             axes.grid(alpha=0.3)

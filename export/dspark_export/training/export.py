@@ -16,6 +16,7 @@ from dspark_backend.stages.batch import FloatArray
 from dspark_export.drafter_spec import DrafterSpec, describe_drafter
 from dspark_export.errors import ExportError
 from dspark_export.source import open_weights, resolve_model, source_hash
+from dspark_export.torch_drafter import TorchDrafter
 from dspark_export.training.settings import TrainSettings
 from dspark_export.weights import WeightSource
 
@@ -63,6 +64,7 @@ def drafter_config(
         raise ExportError(
             f"--draft-vocab: expected at most the target's {artifact.vocab_size}, got {settings.draft_vocab}"
         )
+    feature_columns(artifact, settings)
     config = {key: value for key, value in target.items() if key not in _NOT_THE_DRAFTERS}
     config |= {
         "architectures": [architecture],
@@ -73,7 +75,7 @@ def drafter_config(
         "attention_bias": False,
         "mlp_bias": False,
         "block_size": settings.block_size,
-        "target_layer_ids": list(artifact.target_layer_ids),
+        "target_layer_ids": list(settings.target_layer_ids or artifact.target_layer_ids),
         "mask_token_id": mask_token_id,
         "markov_rank": settings.rank,
         "markov_head_type": settings.head,
@@ -83,6 +85,30 @@ def drafter_config(
     if settings.draft_vocab is not None and settings.draft_vocab < artifact.vocab_size:
         config["draft_vocab_size"] = settings.draft_vocab
     return config
+
+
+def feature_columns(artifact: VerifierArtifact, settings: TrainSettings) -> Tensor | None:
+    """int64: which of the verifier's features the drafter reads; None for all.
+
+    Raises:
+        ExportError: the verifier does not give them.
+    """
+    wanted, given = settings.target_layer_ids, artifact.target_layer_ids
+    if wanted is None or wanted == tuple(given):
+        return None
+    if missing := sorted(set(wanted) - set(given)):
+        raise ExportError(
+            f"--target-layer-ids: expected layers that the verifier was exported with ({', '.join(map(str, given))}), "
+            f"got {missing[0]}, too"
+        )
+    size = artifact.hidden_size
+    return torch.cat([torch.arange(size) + given.index(layer) * size for layer in wanted])
+
+
+def released_state(drafter: TorchDrafter) -> dict[str, Tensor]:
+    """Parameters as a checkpoint holds them: the scale of the features is part of ``fc``."""
+    state: dict[str, Tensor] = dict(drafter.state_dict())
+    return state | {"fc.weight": state["fc.weight"] * drafter.feature_scale}
 
 
 def spec_of(config: Mapping[str, Any]) -> DrafterSpec:

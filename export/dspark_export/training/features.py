@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,75 +12,57 @@ from torch import Tensor
 
 from dspark_backend.stages.batch import FloatArray, Segment, StepBatch
 from dspark_backend.stages.protocol import VerifierStage
+from dspark_export.training.record import TargetRecord, top_of
+from dspark_export.training.shard import Dialogue
 
 _CHUNK = 256
 _CAPACITY_STEP = 128
 
 
-@dataclass(frozen=True)
-class TargetRows:
-    """The target's distribution at N positions, restricted to the draft vocabulary."""
-
-    probabilities: Tensor
-    """float32 [N, Vd]"""
-    outside: Tensor
-    """float32 [N]: probability of the tokens that cannot be proposed."""
-
-
-def restricted(logits: Tensor, kept: Tensor | None) -> TargetRows:
-    """Softmax of ``logits`` [N, V] over the whole vocabulary, of which only the ids ``kept`` int64 [Vd] are kept."""
-    if kept is None:
-        return TargetRows(logits.softmax(dim=-1), torch.zeros(len(logits)))
-    probabilities = (logits[:, kept] - logits.logsumexp(dim=-1, keepdim=True)).exp()
-    return TargetRows(probabilities, (1.0 - probabilities.sum(dim=-1)).clamp(min=0.0))
-
-
 class TargetPass:
     """Runs a verifier over texts, one at a time, in chunks. The stage must serve nobody else meanwhile."""
 
-    def __init__(self, stage: VerifierStage, kept: Tensor | None = None) -> None:
-        """``kept`` int64 [Vd]: the draft vocabulary; None where it is the target's."""
-        self._stage = stage
+    def __init__(self, open_stage: Callable[[], VerifierStage]) -> None:
+        """``open_stage`` is called when the first text comes; ``close`` ends what it gave."""
+        self._open = open_stage
+        self._stage: VerifierStage | None = None
         self._capacity = 0
-        self.kept = kept
 
-    def features(self, tokens: NDArray[np.integer[Any]]) -> FloatArray:
-        """[T, F] of ``tokens`` [T]."""
-        return self._run(tokens, np.zeros(len(tokens), dtype=bool), lambda logits: None)
+    def close(self) -> None:
+        """Give back the stage's memory; a later text opens another."""
+        if self._stage is not None:
+            self._stage.close()
+        self._stage, self._capacity = None, 0
 
-    def rows(self, tokens: NDArray[np.integer[Any]], wanted: NDArray[np.bool_]) -> tuple[FloatArray, TargetRows]:
-        """Features [T, F], and the distribution behind each position of the mask ``wanted`` [T], in order."""
-        found: list[TargetRows] = []
-        features = self._run(tokens, wanted, lambda logits: found.append(restricted(logits, self.kept)))
-        return features, TargetRows(
-            torch.cat([rows.probabilities for rows in found]), torch.cat([rows.outside for rows in found])
-        )
+    def record(self, dialogue: Dialogue) -> TargetRecord:
+        """What the target says along a dialogue: the same as was recorded while the engine wrote it."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        features = self.logits(
+            dialogue.tokens[:-1], dialogue.prompt_length - 1, lambda logits: found.append(top_of(logits))
+        )  # fmt: skip
+        ids, probabilities, rest = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return TargetRecord(torch.from_numpy(features).bfloat16(), ids, probabilities, rest)
 
     def logits(
-        self, tokens: NDArray[np.integer[Any]], wanted: NDArray[np.bool_], take: Callable[[Tensor], None]
+        self, tokens: NDArray[np.integer[Any]], first: int, take: Callable[[Tensor], object]
     ) -> FloatArray:  # fmt: skip
-        """As ``rows``, but ``take`` gets the raw logits [n, V] of each chunk: a view that the next chunk overwrites."""
-        return self._run(tokens, wanted, take)
+        """Features [T, F] of ``tokens`` [T].
 
-    def _run(
-        self, tokens: NDArray[np.integer[Any]], wanted: NDArray[np.bool_], take: Callable[[Tensor], object]
-    ) -> FloatArray:  # fmt: skip
+        ``take`` gets the raw logits [n, V] behind position ``first`` and all later ones, in order and chunk by chunk: a
+        view that the next chunk overwrites.
+        """
+        stage = self._stage = self._stage or self._open()
         # Attention costs what the slot holds, not what is used of it.
         capacity = -(-len(tokens) // _CAPACITY_STEP) * _CAPACITY_STEP
         if capacity != self._capacity:
-            self._stage.allocate(1, capacity, ())
+            stage.allocate(1, capacity, ())
             self._capacity = capacity
         pieces = []
         for start in range(0, len(tokens), _CHUNK):
             piece = tokens[start : start + _CHUNK].tolist()
-            rows = np.flatnonzero(wanted[start : start + _CHUNK])
-            batch = replace(
-                StepBatch.pack([Segment(0, start, piece, len(piece))]),
-                logit_rows=rows,
-                logit_offsets=np.array([0, len(rows)], dtype=np.int64),
-            )
-            output = self._stage.step(batch)
-            pieces.append(output.features)
-            if len(rows):
+            silent = min(max(first - start, 0), len(piece))
+            output = stage.step(StepBatch.pack([Segment(0, start, piece, silent)]))
+            pieces.append(output.features.copy())
+            if silent < len(piece):
                 take(torch.from_numpy(output.logits))
         return np.concatenate(pieces)

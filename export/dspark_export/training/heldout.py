@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dspark_export.torch_drafter import TorchDrafter
-from dspark_export.training.features import TargetPass
-from dspark_export.training.shard import Dialogue
+from dspark_export.training.batch import Example
 
 logger = logging.getLogger(__name__)
 
-_ANCHORS_AT_ONCE = 64
+_BLOCKS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class HeldOutReport:
     rounds: int
     conditional: tuple[float, ...]
     """How often the draft of each position stands where all before it did, over all anchors."""
+    by_domain: tuple[tuple[str, float], ...]
+    """Accepted length of each domain, in the order of their names."""
 
 
 def matches(drafted: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -54,40 +55,53 @@ def walk(standing: NDArray[np.int64]) -> list[int]:
 
 
 class HeldOut:
-    """Held-out dialogues with their features, computed once."""
+    """Held-out dialogues with what is recorded of them."""
 
-    def __init__(self, target: TargetPass, dialogues: Sequence[Dialogue]) -> None:
-        self._texts: list[tuple[Dialogue, Tensor]] = [
-            (dialogue, torch.from_numpy(target.features(dialogue.tokens))) for dialogue in dialogues
-        ]
+    def __init__(self, examples: Sequence[Example], columns: Tensor | None) -> None:
+        """``columns`` int64: the features that the drafter reads of those recorded; None for all."""
+        self._examples = [example for example in examples if example.dialogue.num_anchors > 0]
+        self._columns = columns
+
+    @property
+    def domains(self) -> list[str]:
+        return sorted({example.dialogue.domain for example in self._examples})
 
     @torch.no_grad()
     def evaluate(self, drafter: TorchDrafter) -> HeldOutReport:
         """Walk all answers. The drafter computes as it is: no reduced precision."""
         size = drafter.spec.block_size
-        rounds: list[int] = []
+        rounds: dict[str, list[int]] = {domain: [] for domain in self.domains}
         reached, stood = np.zeros(size), np.zeros(size)
-        for dialogue, features in self._texts:
-            tokens = torch.from_numpy(dialogue.tokens.astype(np.int64))
-            anchors = torch.arange(dialogue.prompt_length, len(tokens) - 1)
-            if not len(anchors):
-                continue
-            drafted = torch.cat(
-                [
-                    drafter.forward_blocks(features, part, tokens).tokens
-                    for part in torch.split(anchors, _ANCHORS_AT_ONCE)
-                ]
-            )
-            # Behind the end stands no token, and none equals it.
-            padded = torch.cat([tokens, torch.full((size,), -1)])
-            following = padded[anchors[:, None] + 1 + torch.arange(size)]
-            standing = matches(drafted.numpy(), following.numpy())
-            rounds += walk(standing)
-            room = (following >= 0).sum(dim=1).numpy()
+        for example in self._examples:
+            standing, room = self._standing(drafter, example)
+            rounds[example.dialogue.domain] += walk(standing)
             for slot in range(size):
                 judged = (standing >= slot) & (room > slot)
                 reached[slot] += judged.sum()
                 stood[slot] += (standing[judged] > slot).sum()
         conditional = tuple((stood / np.maximum(reached, 1)).tolist())
-        accepted_length = float(np.mean(rounds)) + 1.0 if rounds else float("nan")
-        return HeldOutReport(accepted_length, len(rounds), conditional)
+        every = [accepted for found in rounds.values() for accepted in found]
+        by_domain = tuple((domain, _mean_length(found)) for domain, found in rounds.items())
+        return HeldOutReport(_mean_length(every), len(every), conditional, by_domain)
+
+    def _standing(self, drafter: TorchDrafter, example: Example) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Drafts that stand behind each anchor of an answer, and how many tokens follow it, up to a block."""
+        dialogue, size = example.dialogue, drafter.spec.block_size
+        tokens = torch.from_numpy(dialogue.tokens.astype(np.int64))
+        features = example.record.features if self._columns is None else example.record.features[:, self._columns]
+        anchors = torch.arange(dialogue.prompt_length, len(tokens) - 1)
+        found = drafter.hidden_blocks(features.float(), anchors, tokens)
+        drafted = torch.cat(
+            [
+                drafter.score(found.hidden[part], found.previous[part]).tokens
+                for part in torch.split(torch.arange(len(anchors)), _BLOCKS_AT_ONCE)
+            ]
+        )
+        # Behind the end stands no token, and none equals it.
+        padded = torch.cat([tokens, torch.full((size,), -1)])
+        following = padded[anchors[:, None] + 1 + torch.arange(size)]
+        return matches(drafted.numpy(), following.numpy()), (following >= 0).sum(dim=1).numpy()
+
+
+def _mean_length(rounds: Sequence[int]) -> float:
+    return float(np.mean(rounds)) + 1.0 if rounds else float("nan")

@@ -1,6 +1,6 @@
 """The loss of a block (DESIGN, "Training"): pure functions on tensors.
 
-A blocks of g slots; Vd tokens that the drafter can propose.
+A blocks of g slots; Vd tokens that the drafter can propose, of which K are known to matter to the target at a slot.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dspark_export.training.picked import picked_log_probabilities
+
 OUTSIDE = -1
 """Label of a token that the drafter cannot propose."""
 
@@ -18,23 +20,30 @@ OUTSIDE = -1
 class BlockTargets:
     """What the target says about each slot."""
 
+    ids: Tensor
+    """int64 [A, g, K]: the target's most probable tokens as indices of the draft vocabulary; those that it lacks have
+    probability 0 here and any index."""
     probabilities: Tensor
-    """[A, g, Vd]: of the tokens that the drafter can propose; they need not sum to 1."""
-    outside: Tensor
-    """[A, g]: probability of all others. A drafter can never win it, so it counts as distance."""
+    """[A, g, K]: they need not sum to 1."""
     labels: Tensor
     """int64 [A, g]: the text's token as an index of the draft vocabulary, or OUTSIDE."""
     weights: Tensor
     """[A, g]: of each slot in the loss; 0 behind the end of the text."""
 
+    def part(self, slots: slice) -> BlockTargets:
+        """Some of the blocks."""
+        return BlockTargets(self.ids[slots], self.probabilities[slots], self.labels[slots], self.weights[slots])
+
 
 @dataclass(frozen=True)
 class LossWeights:
-    """How the three parts are mixed."""
+    """How the parts are mixed."""
 
     ce: float = 0.1
     l1: float = 0.9
     confidence: float = 1.0
+    distribution: float = 0.0
+    """Of the cross entropy to the target's distribution instead of to the text's one token."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,8 @@ class BlockLosses:
     ce: Tensor
     l1: Tensor
     confidence: Tensor
+    matched: Tensor
+    """Of slots: where the most probable token is the text's."""
 
 
 def position_weights(block_size: int, decay: float) -> Tensor:
@@ -52,12 +63,15 @@ def position_weights(block_size: int, decay: float) -> Tensor:
     return torch.exp(-torch.arange(block_size, dtype=torch.float32) / decay)
 
 
-def l1_distance(draft: Tensor, target: Tensor, outside: Tensor) -> Tensor:
-    """||p_draft - p_target||_1 over the whole vocabulary, [...]: ``draft`` and ``target`` [..., Vd], ``outside`` [...].
+def l1_distance(draft: Tensor, target: Tensor) -> Tensor:
+    """||p_draft - p_target||_1 over the whole vocabulary, [...], of probabilities [..., K] of the same K tokens each.
 
+    What is left of either distribution counts as distance: the drafter cannot win it, or (where the K tokens are only
+    the target's most probable ones) is taken not to. That errs upwards by at most twice what is left of the target's.
     Twice the total variation, hence from 0 to 2.
     """
-    return (draft - target).abs().sum(dim=-1) + outside
+    left = (1.0 - draft.sum(dim=-1)).clamp(min=0.0) + (1.0 - target.sum(dim=-1)).clamp(min=0.0)
+    return (draft - target).abs().sum(dim=-1) + left
 
 
 def block_losses(
@@ -67,14 +81,19 @@ def block_losses(
 
     The confidence learns 1 - TV, the chance that a draft stands; no gradient flows from it into the distributions.
     """
-    log_draft = draft_logits.float().log_softmax(dim=-1)
     known = targets.labels != OUTSIDE
-    picked = log_draft.gather(-1, targets.labels.clamp(min=0)[..., None]).squeeze(-1)
+    ids = torch.cat([targets.ids, targets.labels.clamp(min=0)[..., None]], dim=-1)
+    log_draft, best = picked_log_probabilities(draft_logits, ids)
+    log_top, picked = log_draft[..., :-1], log_draft[..., -1]
     ce = -(picked * known * targets.weights).sum()
-    distance = l1_distance(log_draft.exp(), targets.probabilities, targets.outside)
+    distance = l1_distance(log_top.exp() * (targets.probabilities > 0), targets.probabilities)
     l1 = (distance * targets.weights).sum()
     acceptance = (1.0 - 0.5 * distance.detach()).clamp(0.0, 1.0)
     surprise = nn.functional.binary_cross_entropy_with_logits(confidence_logits.float(), acceptance, reduction="none")
     confidence = (surprise * targets.weights).sum()
     total = weights.ce * ce + weights.l1 * l1 + weights.confidence * confidence
-    return BlockLosses(total, ce.detach(), l1.detach(), confidence.detach())
+    if weights.distribution:
+        soft = -(log_top * targets.probabilities).sum(dim=-1)
+        total = total + weights.distribution * (soft * targets.weights).sum()
+    matched = ((picked.detach() >= best) & known) * targets.weights
+    return BlockLosses(total, ce.detach(), l1.detach(), confidence.detach(), matched.sum())

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from dspark_backend.stages.artifact import VerifierArtifact, load_verifier_artifact
 from dspark_backend.stages.batch import FloatArray
-from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
 from dspark_export.errors import ExportError
 from dspark_export.torch_drafter import TorchDrafter
-from dspark_export.training.beginning import first_drafter
+from dspark_export.training.batch import Example
+from dspark_export.training.beginning import first_drafter, scale_of
 from dspark_export.training.checkpoint import (
     CHECKPOINT_FILE,
     Checkpoint,
@@ -31,6 +31,7 @@ from dspark_export.training.checkpoint import (
     save_checkpoint,
 )
 from dspark_export.training.corpus import HELD_OUT, Corpus
+from dspark_export.training.corpus_run import OpenCorpus
 from dspark_export.training.curves import (
     HELD_OUT_FILE,
     STEP_COLUMNS,
@@ -39,16 +40,22 @@ from dspark_export.training.curves import (
     draw_curves,
     held_out_columns,
 )
-from dspark_export.training.export import drafter_config, open_target, pick_mask_token, spec_of, write_checkpoint_folder
-from dspark_export.training.features import TargetPass
-from dspark_export.training.generate import Generator, Stopped
+from dspark_export.training.export import (
+    drafter_config,
+    feature_columns,
+    open_target,
+    pick_mask_token,
+    released_state,
+    spec_of,
+    write_checkpoint_folder,
+)
+from dspark_export.training.generate import Stopped
 from dspark_export.training.heldout import HeldOut, HeldOutReport
 from dspark_export.training.schedule import learning_rate
 from dspark_export.training.settings import TrainSettings
 from dspark_export.training.shard import Dialogue
 from dspark_export.training.statistics import count_tokens
 from dspark_export.training.trainer import StepReport, Trainer, faster_precision
-from dspark_export.training.user_turns import UserTurns
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +98,7 @@ class TrainingRun:
         self._show = show
         self._last: StepReport | None = None
         self._held_report: HeldOutReport | None = None
+        self._mixed: tuple[int, list[tuple[int, int]]] | None = None
 
     def run(self, resume: bool) -> RunReport:
         """Train until the budget is used up or ``stop`` says so.
@@ -100,28 +108,17 @@ class TrainingRun:
             Stopped: it was asked to stop before the first step; text that was generated is kept.
         """
         settings = self._settings
-        artifact = load_verifier_artifact(settings.verifier)
+        artifact = load_verifier_artifact(settings.text.verifier)
         stored = self._stored_run(resume, artifact)
         settings.out.mkdir(parents=True, exist_ok=True)
         before = torch.get_num_threads()
-        torch.set_num_threads(settings.threads or len(os.sched_getaffinity(0)))
-        turns = UserTurns(settings.verifier, artifact, settings.prompt_tokens)
-        longest = turns.longest + settings.answer_tokens
-        if longest > artifact.max_context:
-            raise ExportError(
-                f"--prompt-tokens and --answer-tokens: with the chat template they make {longest} tokens, the verifier "
-                f"takes {artifact.max_context}; give less"
-            )
-        generator = Generator(settings.verifier, longest, settings.slots, settings.threads)
-        stage = OnnxRuntimeVerifier(settings.verifier, settings.threads)
+        torch.set_num_threads(settings.text.threads or len(os.sched_getaffinity(0)))
+        opened = OpenCorpus.at(settings.corpus_folder, artifact, settings.text)
         try:
-            self._begin(
-                artifact, stored, Corpus(settings.out / "corpus", turns, generator, settings), TargetPass(stage)
-            )
+            self._begin(artifact, stored, opened.corpus)
             return self._loop()
         finally:
-            generator.close()
-            stage.close()
+            opened.close()
             torch.set_num_threads(before)
 
     def _stored_run(self, resume: bool, artifact: VerifierArtifact) -> Checkpoint | None:
@@ -136,47 +133,47 @@ class TrainingRun:
         check_identity(stored.identity, self._settings.identity(), artifact.source_hash)
         return stored
 
-    def _begin(
-        self, artifact: VerifierArtifact, stored: Checkpoint | None, corpus: Corpus, target: TargetPass
-    ) -> None:  # fmt: skip
+    def _begin(self, artifact: VerifierArtifact, stored: Checkpoint | None, corpus: Corpus) -> None:
         """Text to start with, the drafter, and all that a step needs."""
         settings = self._settings
         self._began = time.monotonic() - (stored.position.seconds if stored else 0.0)
         self._position = stored.position if stored else Position()
         self._corpus, self._verifier_hash = corpus, artifact.source_hash
+        columns = feature_columns(artifact, settings)
         held_out = self._shard(HELD_OUT)
-        embedding = artifact.embedding.read(settings.verifier)
-        shared = (_tensor(embedding), _tensor(artifact.head.read(settings.verifier)))
+        embedding = artifact.embedding.read(settings.text.verifier)
+        shared = (_tensor(embedding), _tensor(artifact.head.read(settings.text.verifier)))
         if stored is None:
             weights = open_target(settings.model, artifact)
             self._config = drafter_config(weights.config, artifact, settings, pick_mask_token(embedding))
-            first = [
-                dialogue for index in range(settings.first_shards) for dialogue in self._shard(HELD_OUT + 1 + index)
-            ]
+            first = [pair for index in range(settings.first_shards) for pair in self._pairs(HELD_OUT + 1 + index)]
             self._tell("count tokens")
-            statistics = count_tokens(target, first, artifact.vocab_size)
-            torch.manual_seed(settings.seed)
-            np.random.seed(settings.seed)
-            random.seed(settings.seed)
-            drafter = first_drafter(self._config, settings, shared, statistics, weights)
+            statistics = count_tokens(map(self._example, first), artifact.vocab_size)
+            scale = scale_of(map(self._example, first), columns)
+            torch.manual_seed(settings.text.seed)
+            np.random.seed(settings.text.seed)
+            random.seed(settings.text.seed)
+            drafter = first_drafter(self._config, settings, shared, statistics, scale, weights)
             precision = faster_precision() if settings.precision == "auto" else settings.precision
         else:
             self._config, precision = stored.config, stored.precision
             drafter = TorchDrafter(spec_of(self._config), *shared)
+            drafter.feature_scale.copy_(stored.feature_scale)
             drafter.load_state_dict(stored.model)
         average = TorchDrafter(spec_of(self._config), *shared)
+        average.feature_scale.copy_(drafter.feature_scale)
         average.load_state_dict(stored.average if stored else drafter.state_dict())
-        target.kept = drafter.d2t
-        self._trainer = Trainer(drafter, average.eval(), target, settings, precision)
+        self._trainer = Trainer(drafter, average.eval(), columns, settings, precision)
         self._precision = precision
         if stored is not None:
-            self._trainer.optimiser.load_state_dict(stored.optimiser)
+            self._trainer.optimisers.load_state_dict(stored.optimisers)
             restore_random_state(stored.random_state)
         step = self._position.step
+        held = [self._example((HELD_OUT, row)) for row in range(len(held_out))]
+        self._held_out = HeldOut(held, columns)
         self._steps = Curve(settings.out / STEPS_FILE, STEP_COLUMNS, step)
-        self._held_curve = Curve(settings.out / HELD_OUT_FILE, held_out_columns(settings.block_size), step)
-        self._tell("held-out features")
-        self._held_out = HeldOut(target, held_out)
+        names = held_out_columns(settings.block_size, self._held_out.domains)
+        self._held_curve = Curve(settings.out / HELD_OUT_FILE, names, step)
         self._noted = step if stored is not None else -1
         self._evaluate()
 
@@ -204,33 +201,73 @@ class TrainingRun:
         return RunReport(self._position, report, finished)
 
     def _step(self, progress: float) -> None:
-        settings, position = self._settings, self._position
-        dialogues = self._round(position.round)
-        chosen = dialogues[position.offset : position.offset + settings.dialogues_per_step]
-        draws = np.random.default_rng([settings.seed, 4, position.step])
-        rate = learning_rate(settings.learning_rate, position.step, settings.warmup_steps, progress)
+        settings = self._settings
+        if not self._position.shards:
+            self._position = self._next_round(self._position)
+        position = self._position
+        pairs = self._round(position)
+        chosen = [
+            self._example(pair) for pair in pairs[position.offset : position.offset + settings.dialogues_per_step]
+        ]
+        draws = np.random.default_rng([settings.text.seed, 4, position.step])
+        rate = learning_rate(
+            settings.learning_rate,
+            position.step,
+            settings.warmup_steps,
+            progress,
+            settings.schedule,
+            settings.decay_share,
+        )
         report = self._last = self._trainer.step(chosen, draws, rate, position.step)
-        offset = position.offset + len(chosen)
-        done = offset >= len(dialogues)
-        self._position = Position(
+        position = replace(
+            position,
             step=position.step + 1,
-            round=position.round + done,
-            offset=0 if done else offset,
-            seen_tokens=position.seen_tokens + sum(dialogue.answer_length for dialogue in chosen),
+            offset=position.offset + len(chosen),
+            seen_tokens=position.seen_tokens + sum(example.dialogue.answer_length for example in chosen),
             seconds=time.monotonic() - self._began,
         )
-        where = (self._position.step, self._position.seen_tokens, self._position.seconds)
-        self._steps.add(*where, report.loss, report.ce, report.l1, report.confidence, report.gradient_norm, rate)
+        where = (position.step, position.seen_tokens, position.seconds)
+        losses = (report.loss, report.ce, report.l1, report.confidence, report.matched)
+        self._steps.add(*where, *losses, report.gradient_norm, rate)
+        self._position = position
+        if position.offset >= len(pairs):
+            self._position = self._next_round(replace(position, round=position.round + 1))
         self._tell("train")
 
-    def _round(self, number: int) -> list[Dialogue]:
-        """A new shard mixed with ``passes - 1`` times as many of all dialogues so far, in random order."""
-        new = self._shard(HELD_OUT + 1 + number)
-        random = np.random.default_rng([self._settings.seed, 3, number])
-        known = [dialogue for index in range(number + 1) for dialogue in self._shard(HELD_OUT + 1 + index)]
-        again = random.integers(len(known), size=(self._settings.passes - 1) * len(new))
+    def _next_round(self, position: Position) -> Position:
+        """The start of a round: on all shards that are there. One more is made now where none is new, unless another
+        process makes them: then the round is of old ones."""
+        known = position.shards
+        there = self._corpus.available - HELD_OUT - 1
+        if there <= known and (not known or self._corpus.may_write()):
+            there = known + 1
+        self._shard(HELD_OUT + there)
+        return replace(position, offset=0, shards=there, fresh=there - known)
+
+    def _round(self, position: Position) -> list[tuple[int, int]]:
+        """New shards mixed with ``passes - 1`` times as many of all dialogues so far, in random order: (shard, row).
+
+        Without new ones, as many of all as the last shard has.
+        """
+        if self._mixed is not None and self._mixed[0] == position.round:
+            return self._mixed[1]
+        random = np.random.default_rng([self._settings.text.seed, 3, position.round])
+        shards = [self._pairs(HELD_OUT + 1 + index) for index in range(position.shards)]
+        known = [pair for pairs in shards for pair in pairs]
+        new = [pair for pairs in shards[position.shards - position.fresh :] for pair in pairs]
+        count = (self._settings.passes - 1) * len(new) if position.fresh else len(shards[-1])
+        again = random.integers(len(known), size=count)
         mixed = [*new, *(known[index] for index in again)]
-        return [mixed[index] for index in random.permutation(len(mixed))]
+        mixed = [mixed[index] for index in random.permutation(len(mixed))]
+        self._mixed = (position.round, mixed)
+        return mixed
+
+    def _pairs(self, index: int) -> list[tuple[int, int]]:
+        return [(index, row) for row in range(len(self._shard(index)))]
+
+    def _example(self, pair: tuple[int, int]) -> Example:
+        index, row = pair
+        return Example(self._shard(index)[row], self._corpus.record(index, row))
 
     def _shard(self, index: int) -> list[Dialogue]:
         return self._corpus.shard(
@@ -250,9 +287,9 @@ class TrainingRun:
         position = self._position
         if position.step != self._noted:
             self._noted = position.step
-            self._held_curve.add(
-                position.step, position.seen_tokens, position.seconds, report.accepted_length, *report.conditional
-            )
+            where = (position.step, position.seen_tokens, position.seconds)
+            lengths = (length for _, length in report.by_domain)
+            self._held_curve.add(*where, report.accepted_length, *report.conditional, *lengths)
         logger.info("step %d: held-out accepted length %.3f", self._position.step, report.accepted_length)
         return report
 
@@ -261,21 +298,21 @@ class TrainingRun:
         self._tell("save")
         settings, trainer = self._settings, self._trainer
         self._position = replace(self._position, seconds=time.monotonic() - self._began)
-        average: dict[str, Tensor] = trainer.average.state_dict()
         save_checkpoint(
             settings.out / CHECKPOINT_FILE,
             Checkpoint(
                 identity=settings.identity() | {"verifier_hash": self._verifier_hash},
                 config=self._config,
+                feature_scale=trainer.drafter.feature_scale,
                 precision=self._precision,
                 position=self._position,
                 model=trainer.drafter.state_dict(),
-                average=average,
-                optimiser=trainer.optimiser.state_dict(),
+                average=trainer.average.state_dict(),
+                optimisers=trainer.optimisers.state_dict(),
                 random_state=random_state(),
             ),
         )
-        write_checkpoint_folder(settings.out, self._config, average, settings.dtype)
+        write_checkpoint_folder(settings.out, self._config, released_state(trainer.average), settings.dtype)
 
     def _draw(self) -> None:
         try:

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+Schedule = Literal["cosine", "wsd"]
+
 _FLOOR = 0.05
 
 
-def learning_rate(peak: float, step: int, warmup_steps: int, progress: float) -> float:
-    """Linear over the first steps (from 0), times half a cosine of ``progress`` (0 to 1) down to 5% of the peak."""
+def learning_rate(
+    peak: float, step: int, warmup_steps: int, progress: float, schedule: Schedule = "cosine", decay_share: float = 0.2
+) -> float:
+    """Linear over the first steps (from 0), then by ``progress`` through the budget, 0 to 1.
+
+    ``cosine``: half a cosine down to 5% of the peak. ``wsd`` (warm up, stay, decay): the peak up to the last
+    ``decay_share`` of the budget, in which it falls linearly to 0. While it stays, a budget may still be made longer.
+    """
     warm = min(1.0, (step + 1) / (warmup_steps + 1))
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    progress = min(max(progress, 0.0), 1.0)
+    if schedule == "wsd":
+        return peak * warm * min(1.0, (1.0 - progress) / decay_share)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
     return peak * warm * (_FLOOR + (1.0 - _FLOOR) * cosine)
 
 

@@ -26,6 +26,8 @@ class Dialogue:
     """Answered at temperature 1; else greedily."""
     key: int
     """Of its prompt, to tell duplicates."""
+    domain: str
+    """What its prompt is about: of its opening or its file."""
 
     @property
     def answer_length(self) -> int:
@@ -48,6 +50,7 @@ def save_shard(path: Path, dialogues: Sequence[Dialogue]) -> None:
             prompt_lengths=np.array([dialogue.prompt_length for dialogue in dialogues], dtype=np.int64),
             sampled=np.array([dialogue.sampled for dialogue in dialogues], dtype=np.bool_),
             keys=np.array([dialogue.key for dialogue in dialogues], dtype=np.uint64),
+            domains=np.array([dialogue.domain for dialogue in dialogues], dtype=np.str_),
         )
         stream.flush()
         os.fsync(stream.fileno())
@@ -58,11 +61,13 @@ def load_shard(path: Path) -> list[Dialogue]:
     """Raises ExportError where the file is no shard."""
     try:
         with np.load(path) as stored:
-            arrays = {name: stored[name] for name in ("tokens", "lengths", "prompt_lengths", "sampled", "keys")}
+            arrays = {
+                name: stored[name] for name in ("tokens", "lengths", "prompt_lengths", "sampled", "keys", "domains")
+            }
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ExportError(
             f"{path}: expected a shard of dialogues, got {error}; delete it, and it is made again"
         ) from error
     pieces = np.split(arrays["tokens"], np.cumsum(arrays["lengths"])[:-1])
-    columns = (arrays["prompt_lengths"].tolist(), arrays["sampled"].tolist(), arrays["keys"].tolist())
+    columns = [arrays[name].tolist() for name in ("prompt_lengths", "sampled", "keys", "domains")]
     return [Dialogue(tokens, *row) for tokens, row in zip(pieces, zip(*columns, strict=True), strict=True)]

@@ -17,6 +17,7 @@ from dspark_backend.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerSetting
 from dspark_export.errors import ExportError
 from dspark_export.prompts import read_prompts
 from dspark_export.training.generate import Continuation
+from dspark_export.training.openings import OWN, Opening
 
 _MARK = "dspark-user-turn"
 _SHORTEST_TURN = 8
@@ -32,6 +33,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     key: int
     """Equal for prompts that differ in case and white space only."""
+    domain: str = OWN
 
 
 def prompt_key(text: str) -> int:
@@ -81,10 +83,17 @@ class UserTurns:
             return None
         return tuple(self._tokenizer.encode(rendered, add_special_tokens=False))
 
-    def opening(self, random: np.random.Generator) -> tuple[int, ...]:
-        """The tokens that the target continues with a prompt of its own."""
+    def opening(self, random: np.random.Generator, chosen: Opening) -> tuple[int, ...]:
+        """The tokens that the target continues with a prompt of its own.
+
+        Raises:
+            ExportError: the target has no chat template, and a beginning is to be put into one.
+        """
         if self._opening:
-            return self._opening
+            assert self._tokenizer is not None
+            return (*self._opening, *self._tokenizer.encode(chosen.beginning, add_special_tokens=False))
+        if chosen.beginning:
+            raise ExportError("--openings: the verifier was exported without a chat template; leave --openings out")
         return (self._bos if self._bos is not None else int(random.integers(self._vocab_size)),)
 
     def opening_tokens(self, random: np.random.Generator) -> int:
@@ -93,17 +102,19 @@ class UserTurns:
             self.prompt_tokens if self._opening else int(random.integers(2, min(_RAW_TOKENS, self.prompt_tokens) + 1))
         )
 
-    def from_target(self, opening: Sequence[int], turn: Continuation) -> Prompt | None:
+    def from_target(self, opening: Sequence[int], chosen: Opening, turn: Continuation) -> Prompt | None:
         """The prompt that the target wrote behind an opening; None where it is none: cut off, empty, too long."""
         if not self._opening:
             ids = (*opening, *turn.token_ids)
             return Prompt(ids, prompt_key(" ".join(map(str, ids)))) if turn.token_ids else None
         assert self._tokenizer is not None
-        text = self._tokenizer.decode(turn.token_ids).strip()
+        written = self._tokenizer.decode(turn.token_ids)
+        text = (chosen.beginning + (written if chosen.beginning else written.lstrip())).strip()
         # A replacement character is a broken one; a model that writes it wrote no text.
         if not turn.ended or len(text) < _SHORTEST_TURN or not any(map(str.isalpha, text)) or "\ufffd" in text:
             return None
-        return self._checked(text, self._render(text))
+        text += chosen.ending
+        return self._checked(text, self._render(text), chosen.domain)
 
     def from_file(self, path: Path) -> list[Prompt]:
         """The prompts of a file, those that are too long left out.
@@ -120,12 +131,12 @@ class UserTurns:
             else:
                 text = "\n".join(str(message.get("content", "")) for message in json.loads(messages))
                 ids = tuple(self._tokenizer.encode(text))
-            prompt = self._checked(messages, ids)
+            prompt = self._checked(messages, ids, path.stem)
             if prompt is not None:
                 found.append(prompt)
         return found
 
-    def _checked(self, text: str, ids: tuple[int, ...] | None) -> Prompt | None:
+    def _checked(self, text: str, ids: tuple[int, ...] | None, domain: str) -> Prompt | None:
         if not ids or len(ids) > self.longest or max(ids) >= self._vocab_size:
             return None
-        return Prompt(ids, prompt_key(text))
+        return Prompt(ids, prompt_key(text), domain)

@@ -1,0 +1,84 @@
+"""What a round will take: the cost model's curves, corrected by what steps really take."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from dspark_backend.cost import CostModel, FloatArray
+from dspark_backend.cost_cache import CostCache
+from dspark_backend.cost_tracker import CostTracker
+
+logger = logging.getLogger(__name__)
+
+
+class RoundCost:
+    """Predictions for rounds of up to ``block_size`` drafts a request, and the steps that they are held against.
+
+    A cost model answers in tens of microseconds; the few combinations of requests and capacity that are in use at a
+    time are asked for in every round, so that answers are kept.
+    """
+
+    _MOST_KEPT = 256
+
+    def __init__(self, model: CostModel, block_size: int, cache: CostCache | None = None) -> None:
+        """``cache``: where the model is kept; told to forget it when it proves wrong."""
+        self._model = model
+        self._block_size = block_size
+        self._cache = cache
+        self._verify = CostTracker()
+        self._draft = CostTracker()
+        self._curves: dict[tuple[int, int], FloatArray] = {}
+        self._draft_times: dict[tuple[int, int], float] = {}
+
+    @property
+    def mean_relative_error(self) -> float:
+        """Running mean of abs(predicted - actual) / actual of verification steps."""
+        return self._verify.mean_relative_error
+
+    def verify_seconds(self, num_requests: int, drafts: int, capacity: int) -> float:
+        """Of a step of so many requests and so many drafts in all, as the model has it."""
+        return float(self._curve(num_requests, capacity)[drafts])
+
+    def round_seconds(self, num_requests: int, drafting: int, most: int, capacity: int) -> FloatArray:
+        """Of a round in which ``drafting`` requests draft and k drafts are verified: float64 [most + 1], by k."""
+        verify = self._curve(num_requests, capacity)[: most + 1] * self._verify.scale
+        verify += self._draft_seconds(drafting, capacity) * self._draft.scale
+        return verify
+
+    def observe_verify(self, predicted_seconds: float, seconds: float) -> None:
+        """A step that ``verify_seconds`` predicted took so long."""
+        self._verify.update(predicted_seconds, seconds)
+        if self._cache is not None and self._verify.is_stale():
+            logger.warning(
+                "verification steps take %.1f times what was measured at an earlier load; the next load measures again",
+                self._verify.scale,
+            )
+            self._cache.invalidate()
+            self._cache = None
+
+    def observe_draft(self, num_requests: int, capacity: int, seconds: float) -> None:
+        """A drafting round of so many requests took so long."""
+        self._draft.update(self._draft_seconds(num_requests, capacity), seconds)
+
+    def _curve(self, num_requests: int, capacity: int) -> FloatArray:
+        """float64 [block_size * num_requests + 1], by drafts."""
+        key = (num_requests, capacity)
+        curve = self._curves.get(key)
+        if curve is None:
+            counts = num_requests + np.arange(self._block_size * num_requests + 1)
+            curve = self._model.verify_seconds(num_requests, counts, capacity)
+            if len(self._curves) == self._MOST_KEPT:
+                self._curves.clear()
+            self._curves[key] = curve
+        return curve
+
+    def _draft_seconds(self, num_requests: int, capacity: int) -> float:
+        key = (num_requests, capacity)
+        seconds = self._draft_times.get(key)
+        if seconds is None:
+            if len(self._draft_times) == self._MOST_KEPT:
+                self._draft_times.clear()
+            seconds = self._draft_times[key] = self._model.draft_seconds(num_requests, capacity)
+        return seconds

@@ -1,0 +1,70 @@
+"""Predictions of whole rounds: the model's curves, kept, and scaled by what was seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dspark_backend.cost import CostModel, StepCurve
+from dspark_backend.cost_cache import CostCache
+from dspark_backend.round_cost import RoundCost
+
+BLOCK = 3
+MODEL = CostModel(
+    verify=(
+        StepCurve(1, 128, (1, 2, 4), (0.010, 0.011, 0.015)),
+        StepCurve(8, 128, (1, 2, 4), (0.030, 0.040, 0.070)),
+        StepCurve(1, 512, (1, 4), (0.012, 0.020)),
+    ),
+    draft=(StepCurve(1, 128, (1,), (0.002,)), StepCurve(8, 128, (1,), (0.009,))),
+)
+
+
+@pytest.mark.parametrize("capacity", [128, 300, 512])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_a_round_is_a_draft_and_a_verification(count, capacity):
+    cost = RoundCost(MODEL, BLOCK)
+    most = BLOCK * count
+    verify = MODEL.verify_seconds(count, count + np.arange(most + 1), capacity)
+    for _ in range(2):
+        np.testing.assert_array_equal(cost.round_seconds(count, 0, most, capacity), verify)
+        drafting = cost.round_seconds(count, count, 2, capacity)
+        np.testing.assert_allclose(drafting, verify[:3] + MODEL.draft_seconds(count, capacity), rtol=1e-15)
+        assert cost.verify_seconds(count, most, capacity) == verify[-1]
+
+
+def test_what_was_returned_is_the_callers():
+    cost = RoundCost(MODEL, BLOCK)
+    before = cost.round_seconds(2, 2, 4, 128)
+    expected = before.copy()
+    before[:] = 0.0
+    np.testing.assert_array_equal(cost.round_seconds(2, 2, 4, 128), expected)
+
+
+def test_each_stage_is_scaled_by_its_own_steps():
+    cost = RoundCost(MODEL, BLOCK)
+    verify, draft = cost.verify_seconds(1, 0, 128), MODEL.draft_seconds(1, 128)
+    for _ in range(300):
+        cost.observe_verify(verify, 2 * verify)
+        cost.observe_draft(1, 128, 5 * draft)
+    assert cost.round_seconds(1, 1, 0, 128)[0] == pytest.approx(2 * verify + 5 * draft)
+    assert cost.verify_seconds(1, 0, 128) == verify
+    assert cost.mean_relative_error == pytest.approx(0.5)
+
+
+def test_many_combinations_are_not_kept_for_ever():
+    cost = RoundCost(MODEL, BLOCK)
+    for count in range(1, 700):
+        expected = MODEL.verify_seconds(count, np.array([count]), 128)[0] + MODEL.draft_seconds(count, 128)
+        assert cost.round_seconds(count, count, 0, 128)[0] == pytest.approx(expected)
+    assert len(cost._curves) <= RoundCost._MOST_KEPT and len(cost._draft_times) <= RoundCost._MOST_KEPT
+
+
+def test_a_model_that_proves_wrong_is_forgotten(tmp_path, caplog):
+    cache = CostCache(tmp_path, "key")
+    cache.store(MODEL)
+    cost = RoundCost(MODEL, BLOCK, cache)
+    for _ in range(400):
+        cost.observe_verify(0.01, 0.03)
+    assert cache.load() is None
+    assert caplog.text.count("next load measures again") == 1

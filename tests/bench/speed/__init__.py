@@ -1,0 +1,1 @@
+"""What the benchmarks through a real server share: prompts, servers, load, records."""

@@ -1,0 +1,152 @@
+"""Load on a running server by the asyncio client: a number of streams that stays the same until the end."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dspark_client import AsyncDSparkClient, GenerateOptions
+from speed.prompts import BenchPrompt
+
+_RUNNER = asyncio.Runner()
+"""One event loop for all calls: grpc.aio's poller complains of each one that is closed before the process ends."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One finished request, timed by the client, counted by the server."""
+
+    prompt: str
+    input_tokens: int
+    output_tokens: int
+    first_token_ms: float
+    decode_secs: float
+    """From the first token to the last."""
+    rounds: int
+    """Verification steps after prefill."""
+    verified: int
+    """Draft tokens that the target checked."""
+    accepted: int
+    tokens_hash: str
+    """Equal for equal answers."""
+
+    @property
+    def per_second(self) -> float:
+        """Tokens after the first over the time that they took."""
+        return (self.output_tokens - 1) / self.decode_secs
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens a round, the target's own included."""
+        return (self.output_tokens - 1) / max(self.rounds, 1)
+
+    @property
+    def budget(self) -> float:
+
+        return 1 + self.verified / max(self.rounds, 1)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one stretch of load gave."""
+
+    answers: list[Answer]
+    tokens: int
+    """Received by all streams, those included that only kept the number of streams up."""
+    seconds: float
+    """From the first request to the end of the last counted one."""
+
+
+@dataclass
+class _Run:
+    client: AsyncDSparkClient
+    options: GenerateOptions
+    waiting: deque[BenchPrompt]
+    fillers: Iterator[BenchPrompt]
+    keep_up: bool
+    left: int
+    answers: list[Answer] = field(default_factory=list)
+    tokens: int = 0
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def stream(self) -> None:
+        """One user: asks its next question as soon as the last is answered."""
+        while self.waiting:
+            self.answers.append(await self.ask(self.waiting.popleft()))
+            self.left -= 1
+        if self.left == 0:
+            self.done.set()
+        while self.keep_up and not self.done.is_set():
+            await self.ask(next(self.fillers))
+
+    async def ask(self, prompt: BenchPrompt) -> Answer:
+        begin = time.perf_counter()
+        first = last = begin
+        ids: list[int] = []
+        usage = None
+        async with aclosing(self.client.stream(messages=prompt.chat, options=self.options)) as pieces:
+            async for piece in pieces:
+                if piece.token_ids:
+                    last = time.perf_counter()
+                    first = first if ids else last
+                    ids += piece.token_ids
+                    self.tokens += len(piece.token_ids)
+                usage = piece.usage or usage
+        assert usage is not None and len(ids) == usage.output_tokens
+        return Answer(
+            prompt.name,
+            usage.input_tokens,
+            len(ids),
+            1e3 * (first - begin),
+            last - first,
+            usage.rounds,
+            usage.verified_draft_tokens,
+            usage.accepted_draft_tokens,
+            hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest()[:12],
+        )
+
+
+def run(
+    url: str,
+    policy: str,
+    streams: int,
+    prompts: Sequence[BenchPrompt],
+    fillers: Sequence[BenchPrompt],
+    tokens: int,
+    keep_up: bool = True,
+) -> Load:
+    """Answer ``prompts`` greedily, ``streams`` at once, ``tokens`` each (the end of sequence is passed over).
+
+    With ``keep_up``, streams that find no prompt left go on with ``fillers`` until the last prompt is answered, and are
+    then cut off: every counted answer was made among as many others.
+    """
+
+    async def go() -> Load:
+        options = GenerateOptions(max_tokens=tokens, ignore_eos=True, temperature=0.0, draft_policy=policy)
+        async with AsyncDSparkClient(url) as client:
+            work = _Run(client, options, deque(prompts), itertools.cycle(fillers), keep_up, len(prompts))
+            begin = time.perf_counter()
+            users = [asyncio.create_task(work.stream()) for _ in range(streams)]
+            ended = asyncio.create_task(work.done.wait())
+            if keep_up:  # a user ends before `done` only by failing
+                await asyncio.wait([ended, *users], return_when=asyncio.FIRST_COMPLETED)
+            else:
+                await asyncio.wait(users, return_when=asyncio.FIRST_EXCEPTION)
+            seconds, received = time.perf_counter() - begin, work.tokens
+            ended.cancel()
+            for user in users:
+                if user.done():
+                    user.result()
+                user.cancel()
+            await asyncio.gather(*users, return_exceptions=True)
+            return Load(work.answers, received, seconds)
+
+    return _RUNNER.run(go())
