@@ -62,7 +62,7 @@ class EngineConfig:
     """For requests that do not say."""
     prefill_chunk: int = 256
     """Prompt tokens a step while nothing streams."""
-    prefill_chunk_busy: int = 48
+    prefill_chunk_busy: int = 64
     """Prompt tokens a step while other requests stream: more starts a request sooner, less keeps the others even."""
     prefix_reuse: bool = True
     """Start from cached rows of an earlier prompt with the same beginning."""

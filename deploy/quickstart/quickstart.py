@@ -107,7 +107,8 @@ def start(options: argparse.Namespace, cache: Path, run: Path) -> int:
     try:
         serving.start(models, used, options.detach)
         serving.wait_until_serving(SERVING_SECS)
-        say(f"  serving {SERVED} after {time.monotonic() - begin:.1f} s: grpc {serving.grpc_url}, log {serving.log}")
+        say(f"  model: {SERVED}")
+        say(f"  serving after {time.monotonic() - begin:.1f} s: grpc {serving.grpc_url}, log {serving.log}")
         if options.detach:
             detached = True
             say(f"  stop it with: {Path(sys.argv[0]).parent / 'run'} --stop --port-base {options.port_base}")

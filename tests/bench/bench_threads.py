@@ -68,6 +68,7 @@ _POOL: list[bool] = []
 SPIN, STOP = "session.intra_op.allow_spinning", "session.force_spinning_stop"
 CASES = {
     "as it is": Case(),
+    "as it is again": Case(),
     "spin-on": Case({STOP: "0"}),
     "spin-off": Case({STOP: "0", SPIN: "0"}),
     "draft-spin-off": Case({STOP: "0"}, draft_entries={SPIN: "0"}),

@@ -35,6 +35,8 @@ class OnnxRuntimeDrafter:
         self._shared = shared_weights(self._artifact, directory, verifier, verifier_directory)
         self._draft = CpuBinding(open_session(directory / DRAFT_FILE, threads, self._shared))
         self._context = CpuBinding(open_session(directory / CONTEXT_FILE, threads))
+        self._place: tuple[SlotWindow, bytes] | None = None
+        """Where the blocks of the last round were: mostly where those of the next one are."""
         self._cache = SlotArrays(self._artifact.num_layers, self._artifact.num_kv_heads, self._artifact.head_dim)
 
     @property
@@ -44,6 +46,7 @@ class OnnxRuntimeDrafter:
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         self._draft.clear()
         self._context.clear()
+        self._place = None
         self._cache.allocate(num_slots, capacity, moves)
 
     def copy_rows(self, move: RowMove) -> None:
@@ -53,7 +56,7 @@ class OnnxRuntimeDrafter:
         self._cache.clear_rows(slot)
 
     def commit_context(self, context: ContextRows) -> None:
-        window = self._cache.window(context.slots)
+        window = self._cache.window(context.slots.tolist())
         self._context.cache(window)
         _fill_context(self._context, context, window)
         self._context.run()
@@ -61,14 +64,17 @@ class OnnxRuntimeDrafter:
     def draft(self, batch: DraftBatch) -> DraftOutput:
         artifact, binding, count = self._artifact, self._draft, len(batch.anchors)
         # Context of requests that do not draft may be among it.
-        window = self._cache.window(np.concatenate([batch.slots, batch.context.slots]))
+        window = self._cache.window(batch.slots.tolist() + batch.context.slots.tolist())
         binding.cache(window)
         _fill_context(binding, batch.context, window)
-        block_rows = binding.input("block_rows", (count,))
-        np.subtract(batch.slots, window.first, out=block_rows)
-        query_index = binding.input("query_index", (window.count, artifact.block_size))
-        query_index[:] = 0
-        query_index[block_rows] = np.arange(count * artifact.block_size).reshape(count, -1)
+        place = (window, batch.slots.tobytes())
+        if self._place != place:
+            block_rows = binding.input("block_rows", (count,))
+            np.subtract(batch.slots, window.first, out=block_rows)
+            query_index = binding.input("query_index", (window.count, artifact.block_size))
+            query_index[:] = 0
+            query_index[block_rows] = np.arange(count * artifact.block_size).reshape(count, -1)
+            self._place = place
         binding.input("anchors", (count,))[:] = batch.anchors
         binding.input("starts", (count,))[:] = batch.starts
         binding.input("uniforms", (count, artifact.block_size), np.float32)[:] = batch.uniforms

@@ -55,7 +55,7 @@ class OnnxRuntimeVerifier:
 
     def step(self, batch: StepBatch) -> StepOutput:
         binding, tokens, wanted = self._binding, batch.num_tokens, len(batch.logit_rows)
-        window = self._cache.window(batch.slots)
+        window = self._cache.window(batch.slots.tolist())
         binding.cache(window)
         binding.input("input_ids", (tokens,))[:] = batch.token_ids
         binding.input("positions", (tokens,))[:] = batch.positions

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime as ort
 
-from dspark_backend.stages.batch import FloatArray, IntArray, RowMove
+from dspark_backend.stages.batch import FloatArray, RowMove
 
 _MAX_WINDOWS = 64
 """Windows of a cache that are kept; there are a few hundred possible ones, and few in use at a time."""
@@ -35,10 +35,9 @@ class SlotArrays:
         ]
         self._windows: dict[tuple[int, int], SlotWindow] = {}
 
-    def window(self, slots: IntArray) -> SlotWindow:
-        """The smallest window that holds all of ``slots`` [n], at least one."""
-        chosen = slots.tolist()
-        first, last = min(chosen), max(chosen)
+    def window(self, slots: Sequence[int]) -> SlotWindow:
+        """The smallest window that holds all of ``slots``, at least one."""
+        first, last = min(slots), max(slots)
         window = self._windows.get((first, last))
         if window is None:
             values = tuple(ort.OrtValue.ortvalue_from_numpy(array[first : last + 1]) for array in self.arrays)

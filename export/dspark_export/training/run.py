@@ -51,6 +51,7 @@ from dspark_export.training.export import (
 )
 from dspark_export.training.generate import Stopped
 from dspark_export.training.heldout import HeldOut, HeldOutReport
+from dspark_export.training.rounds import Rounds
 from dspark_export.training.schedule import learning_rate
 from dspark_export.training.settings import TrainSettings
 from dspark_export.training.shard import Dialogue
@@ -98,7 +99,6 @@ class TrainingRun:
         self._show = show
         self._last: StepReport | None = None
         self._held_report: HeldOutReport | None = None
-        self._mixed: tuple[int, list[tuple[int, int]]] | None = None
 
     def run(self, resume: bool) -> RunReport:
         """Train until the budget is used up or ``stop`` says so.
@@ -139,6 +139,7 @@ class TrainingRun:
         self._began = time.monotonic() - (stored.position.seconds if stored else 0.0)
         self._position = stored.position if stored else Position()
         self._corpus, self._verifier_hash = corpus, artifact.source_hash
+        self._rounds = Rounds(corpus, self._shard, settings.passes, settings.text.seed)
         columns = feature_columns(artifact, settings)
         held_out = self._shard(HELD_OUT)
         embedding = artifact.embedding.read(settings.text.verifier)
@@ -146,7 +147,9 @@ class TrainingRun:
         if stored is None:
             weights = open_target(settings.model, artifact)
             self._config = drafter_config(weights.config, artifact, settings, pick_mask_token(embedding))
-            first = [pair for index in range(settings.first_shards) for pair in self._pairs(HELD_OUT + 1 + index)]
+            first = [
+                pair for index in range(settings.first_shards) for pair in self._rounds.shard(HELD_OUT + 1 + index)
+            ]
             self._tell("count tokens")
             statistics = count_tokens(map(self._example, first), artifact.vocab_size)
             scale = scale_of(map(self._example, first), columns)
@@ -203,9 +206,9 @@ class TrainingRun:
     def _step(self, progress: float) -> None:
         settings = self._settings
         if not self._position.shards:
-            self._position = self._next_round(self._position)
+            self._position = self._rounds.next(self._position)
         position = self._position
-        pairs = self._round(position)
+        pairs = self._rounds.pairs(position)
         chosen = [
             self._example(pair) for pair in pairs[position.offset : position.offset + settings.dialogues_per_step]
         ]
@@ -231,39 +234,8 @@ class TrainingRun:
         self._steps.add(*where, *losses, report.gradient_norm, rate)
         self._position = position
         if position.offset >= len(pairs):
-            self._position = self._next_round(replace(position, round=position.round + 1))
+            self._position = self._rounds.next(replace(position, round=position.round + 1))
         self._tell("train")
-
-    def _next_round(self, position: Position) -> Position:
-        """The start of a round: on all shards that are there. One more is made now where none is new, unless another
-        process makes them: then the round is of old ones."""
-        known = position.shards
-        there = self._corpus.available - HELD_OUT - 1
-        if there <= known and (not known or self._corpus.may_write()):
-            there = known + 1
-        self._shard(HELD_OUT + there)
-        return replace(position, offset=0, shards=there, fresh=there - known)
-
-    def _round(self, position: Position) -> list[tuple[int, int]]:
-        """New shards mixed with ``passes - 1`` times as many of all dialogues so far, in random order: (shard, row).
-
-        Without new ones, as many of all as the last shard has.
-        """
-        if self._mixed is not None and self._mixed[0] == position.round:
-            return self._mixed[1]
-        random = np.random.default_rng([self._settings.text.seed, 3, position.round])
-        shards = [self._pairs(HELD_OUT + 1 + index) for index in range(position.shards)]
-        known = [pair for pairs in shards for pair in pairs]
-        new = [pair for pairs in shards[position.shards - position.fresh :] for pair in pairs]
-        count = (self._settings.passes - 1) * len(new) if position.fresh else len(shards[-1])
-        again = random.integers(len(known), size=count)
-        mixed = [*new, *(known[index] for index in again)]
-        mixed = [mixed[index] for index in random.permutation(len(mixed))]
-        self._mixed = (position.round, mixed)
-        return mixed
-
-    def _pairs(self, index: int) -> list[tuple[int, int]]:
-        return [(index, row) for row in range(len(self._shard(index)))]
 
     def _example(self, pair: tuple[int, int]) -> Example:
         index, row = pair
