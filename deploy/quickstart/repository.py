@@ -16,7 +16,7 @@ from environment import CHECKOUT, MODEL_PACKAGE, last_line
 
 MARKER = "dspark-complete"
 MODEL = "smollm2-135m"
-DRAFTER = CHECKOUT / "export" / "drafters" / MODEL
+DRAFTER = CHECKOUT / "export" / "pretrained" / MODEL
 _INT8 = ("--dtype", "int8")
 _LESS_TEXT = ("--calibration-tokens", "2500", "--check-tokens", "1500")
 """Than the defaults: a start should not take minutes."""
