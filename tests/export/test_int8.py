@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 from artifacts import GOLDEN, export, golden_taps, silent
+from drafters import changed_checkpoint, export_golden_drafter
 from safetensors.numpy import load_file
 
-from drafters import changed_checkpoint, export_golden_drafter
 from dspark_backend.stages import processor
 from dspark_backend.stages.artifact import load_verifier_artifact
 from dspark_backend.stages.int8 import LEVELS, int8_matrix
