@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dspark_backend.errors import ArtifactError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
