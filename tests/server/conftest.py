@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
-from os import environ
 from pathlib import Path
 
 import pytest
+from artifacts import CHECKOUT, cached_export, quickstart_repository
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
@@ -19,12 +16,6 @@ from dspark_backend.serving import server_log
 from dspark_backend.serving.distribution import find_distribution
 from dspark_backend.serving.launcher import TritonServer
 from dspark_backend.serving.options import Ports, ServeOptions
-
-CHECKOUT = Path(__file__).resolve().parents[2]
-sys.path.append(str(CHECKOUT / "deploy" / "quickstart"))
-
-import repository as quickstart_repository  # noqa: E402
-from locks import exclusive  # noqa: E402
 
 MODELS = {"smollm2": "smollm2-135m", "tiny": str(CHECKOUT / "tests" / "golden" / "qwen3_vanilla" / "target")}
 START_SECS = 120.0
@@ -73,23 +64,9 @@ class RunningServer:
 MakeServer = Callable[..., RunningServer]
 
 
-def cache_folder() -> Path:
-    """Where exports are kept between runs."""
-    return Path(environ.get("DSPARK_TEST_CACHE") or "~/.cache/dspark-tests").expanduser().resolve()
-
-
 def exported(model: str) -> Path:
     """The verifier artifact of ``tiny``, ``smollm2``, or whatever dspark-export takes; exported at most once."""
-    packages = " ".join(f"{name}={version(name)}" for name in ("onnx", "onnx_ir", "numpy", "gguf"))
-    cache = cache_folder()
-    with exclusive(cache / "export.lock"):
-        return quickstart_repository.export(
-            [sys.executable, "-m", "dspark_export.cli"],
-            quickstart_repository.verifier(MODELS.get(model, model)),
-            f"{platform.python_version()} {packages}",
-            cache,
-            cache / "export.log",
-        )
+    return cached_export(quickstart_repository.verifier(MODELS.get(model, model)))
 
 
 def set_parameters(config: Path, parameters: Mapping[str, str | None]) -> None:

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,11 @@ from dspark_backend.stages.artifact import STAGE_FILE
 from dspark_export.verifier import VerifierExport, export_verifier
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path.append(str(CHECKOUT / "deploy" / "quickstart"))
+
+import repository as quickstart_repository  # noqa: E402
+from locks import exclusive  # noqa: E402
+
 GOLDEN = CHECKOUT / "tests" / "golden"
 GOLDEN_NAMES = ("qwen3_vanilla", "qwen3_gated", "qwen3_rnn")
 
@@ -61,29 +65,24 @@ def exported(model: str, folder: Path) -> Path:
 
     ``folder`` gets hard links of the cached files: a later run with newer sources may clear the cache meanwhile.
     """
-    return _linked(_cached(lambda repository: repository.verifier(model)), folder)
+    return _linked(cached_export(quickstart_repository.verifier(model)), folder)
 
 
 def served_pair(folder: Path) -> tuple[Path, Path]:
     """Verifier and drafter that the quickstart serves, as it exports them; otherwise as ``exported``."""
-    verifier = _cached(lambda repository: repository.served_verifier())
-    drafter = _cached(lambda repository: repository.served_drafter(verifier))
+    verifier = cached_export(quickstart_repository.served_verifier())
+    drafter = cached_export(quickstart_repository.served_drafter(verifier))
     return _linked(verifier, folder / "verifier"), _linked(drafter, folder / "drafter")
 
 
-def _cached(wanted: Callable[[Any], Any]) -> Path:
-    quickstart = str(CHECKOUT / "deploy" / "quickstart")
-    if quickstart not in sys.path:
-        sys.path.append(quickstart)
-    import repository
-    from locks import exclusive
-
+def cached_export(wanted: quickstart_repository.Export) -> Path:
+    """The folder of an export of the quickstart's kind, made at most once for its sources. Never write into it."""
     packages = " ".join(f"{name}={version(name)}" for name in ("onnx", "onnx_ir", "numpy", "gguf"))
     cache = cache_folder()
     with exclusive(cache / "export.lock"):
-        return repository.export(
+        return quickstart_repository.export(
             [sys.executable, "-m", "dspark_export.cli"],
-            wanted(repository),
+            wanted,
             f"{platform.python_version()} {packages}",
             cache,
             cache / "export.log",

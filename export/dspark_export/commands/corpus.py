@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,12 +46,8 @@ def corpus(
         raise ExportError(
             "a corpus is written with torch; install it: pip install 'dspark-triton[export,backend,train]'"
         ) from None
-    names = {field.name for field in fields(CorpusSettings)} - {"prompts", "openings"}
-    settings = CorpusSettings(
-        **{name: given[name] for name in names}, prompts=tuple(prompts or ()), openings=tuple(openings or ())
-    )
     with stop_on_signals() as stop:
-        run = CorpusRun(out, settings, stop.is_set)
+        run = CorpusRun(out, CorpusSettings.from_options(given), stop.is_set)
         try:
             for report in run.shards(shards):
                 console.print(str(report), highlight=False, soft_wrap=True)

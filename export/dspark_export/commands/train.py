@@ -104,15 +104,11 @@ def train(
         raise ExportError(
             "training needs torch; install it: pip install 'dspark-triton[export,backend,train]'"
         ) from None
-    text = CorpusSettings(
-        **{name: given[name] for name in _names(CorpusSettings) - {"prompts", "openings"}},
-        prompts=tuple(prompts or ()),
-        openings=tuple(openings or ()),
-    )
+    own = {field.name for field in fields(TrainSettings)} - {"text", "target_layer_ids", "clip"}
     settings = TrainSettings(
-        text=text,
+        text=CorpusSettings.from_options(given),
         target_layer_ids=_layers(target_layer_ids),
-        **{name: given[name] for name in _names(TrainSettings) - {"text", "target_layer_ids", "clip"}},
+        **{name: given[name] for name in own},
     )
     with stop_on_signals() as stop, _display() as show:
         try:
@@ -122,10 +118,6 @@ def train(
         except FloatingPointError as error:
             raise ExportError(str(error)) from error
     _say(report, settings.out, verifier)
-
-
-def _names(settings: type[Any]) -> set[str]:
-    return {field.name for field in fields(settings)}
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:

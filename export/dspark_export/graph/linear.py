@@ -20,13 +20,11 @@ from numpy.typing import NDArray
 from dspark_backend.stages.batch import FloatArray
 from dspark_backend.stages.int8 import LEVELS, column_scales, round_columns
 from dspark_export.graph.tape import CONTRIB, GraphTape
-from dspark_export.quantization.plan import Int8Plan, LinearPlan, fused_name
+from dspark_export.quantization.plan import DIGIT, Int8Plan, LinearPlan, fused_name
 from dspark_export.quantization.rounding import compensated_rounding
 from dspark_export.weights import WeightSource
 
 _ZERO_POINT = 128
-_DIGIT = 2.0 * LEVELS
-"""The second digit counts in units of this fraction of the first's, so that it spans the first one's rounding error."""
 
 
 class Linears(Protocol):
@@ -55,12 +53,10 @@ def fused_weight(weights: WeightSource, names: tuple[str, ...]) -> FloatArray:
     return joined.T
 
 
-def fused_bias(
-    weights: WeightSource, names: tuple[str, ...], divisors: Mapping[str, FloatArray] | None = None
-) -> FloatArray:  # fmt: skip
+def fused_bias(weights: WeightSource, names: tuple[str, ...]) -> FloatArray:
     """[sum of widths]"""
-    parts = [weights.read(f"{name}.bias") / (divisors or {}).get(name, 1.0) for name in names]
-    return np.concatenate(parts)
+    joined: FloatArray = np.concatenate([weights.read(f"{name}.bias") for name in names])
+    return joined
 
 
 def total_width(weights: WeightSource, names: tuple[str, ...]) -> int:
@@ -141,10 +137,9 @@ class Int8Linears:
             return full if plan.smoothing is None else full * plan.smoothing[:, None]
 
         scales = column_scales(matrix())
-        scales = column_scales(matrix())
+        columns = _columns(self.weights, names, divisors)
         if fused not in self._scales:
-            per_channel = scales / _columns(self.weights, names, divisors)
-            self._scales[fused] = self.tape.table(f"{fused}.scales", per_channel)
+            self._scales[fused] = self.tape.table(f"{fused}.scales", scales / columns)
         # In an unrolled loop each product has a copy of its own: ONNX Runtime's rewrite for processors without VNNI
         # fails where two share a matrix.
         self._copies[fused] += 1
@@ -157,7 +152,7 @@ class Int8Linears:
         product = self._product(value, weight, self._scales[fused], plan.two_digits)
         if not bias:
             return product
-        offset = fused_bias(self.weights, names, divisors).astype(np.float32)
+        offset = fused_bias(self.weights, names).astype(np.float32) / columns
         shifted: ir.Value = self.tape.op("Add", product, self.tape.table(f"{fused}.bias", offset))
         return shifted
 
@@ -179,12 +174,12 @@ class Int8Linears:
             scaled: ir.Value = tape.op("Mul", self._integer_product(digit, weight, scales), column)
             return scaled
         coarse = tape.op("DequantizeLinear", digit, unit, self._zeros(), axis=0)
-        finer = tape.op("Mul", unit, tape.constant(1.0 / _DIGIT, np.float32))
+        finer = tape.op("Mul", unit, tape.constant(1.0 / DIGIT, np.float32))
         second = self._rounded(tape.op("Sub", value, coarse), finer)
         # One product of twice the rows: the weights are read once.
         both = self._integer_product(tape.op("Concat", digit, second, axis=0), weight, scales)
         high, low = tape.op("Split", both, outputs=2, axis=0, num_outputs=2)
-        total = tape.op("Add", high, tape.op("Mul", low, tape.constant(1.0 / _DIGIT, np.float32)))
+        total = tape.op("Add", high, tape.op("Mul", low, tape.constant(1.0 / DIGIT, np.float32)))
         summed: ir.Value = tape.op("Mul", total, column)
         return summed
 

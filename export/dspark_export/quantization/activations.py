@@ -44,15 +44,15 @@ class Probe:
 
     def logits(self, token_ids: Sequence[int]) -> FloatArray:
         """[T, V] of one text."""
-        (found,) = self._session.run(["logits"], self._feed(token_ids, len(token_ids)))
+        (found,) = self._session.run(["logits"], self._feed(token_ids))
         return np.asarray(found)
 
     def inputs(self, token_ids: Sequence[int]) -> dict[str, FloatArray]:
         """What each product reads, [T, K], by its fused name."""
-        found = self._session.run(self._inputs, self._feed(token_ids, len(token_ids)))
+        found = self._session.run(self._inputs, self._feed(token_ids))
         return {name.removeprefix(INPUT_PREFIX): value for name, value in zip(self._inputs, found, strict=True)}
 
-    def _feed(self, token_ids: Sequence[int], wanted: int) -> dict[str, NDArray[Any]]:
+    def _feed(self, token_ids: Sequence[int]) -> dict[str, NDArray[Any]]:
         count = len(token_ids)
         places = np.arange(count, dtype=np.int64)
         zeros = np.zeros(count, dtype=np.int64)
@@ -62,7 +62,7 @@ class Probe:
             "rows": zeros,
             "columns": places,
             "query_index": places[None],
-            "logit_rows": places[:wanted],
+            "logit_rows": places,
         }
         for name, (heads, dim) in self._caches.items():
             feed[name] = np.zeros((1, heads, count, dim), dtype=np.float32)

@@ -18,7 +18,7 @@ from dspark_export.graph.verifier import VerifierGraph
 from dspark_export.publish import Progress
 from dspark_export.quantization.activations import Probe, input_statistics
 from dspark_export.quantization.choose import choose_all
-from dspark_export.quantization.plan import Int8Plan
+from dspark_export.quantization.plan import Int8Plan, fused_parts
 from dspark_export.quantization.quality import Quality, measure_quality
 from dspark_export.quantization.texts import Texts
 from dspark_export.weights import WeightSource
@@ -50,7 +50,7 @@ class Calibration:
         attention = self.decoder.attention
 
         def weight(name: str) -> FloatArray:
-            return fused_weight(self.weights, tuple(name.split("+")))
+            return fused_weight(self.weights, fused_parts(name))
 
         plans = choose_all(
             statistics,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from dspark_backend.stages.batch import FloatArray
 from dspark_backend.stages.int8 import LEVELS, column_scales, round_columns
 from dspark_export.quantization.activations import InputStatistics
-from dspark_export.quantization.plan import LinearPlan
+from dspark_export.quantization.plan import DIGIT, LinearPlan
 
 _STRENGTHS = (0.0, 0.5, 0.65, 0.8)
 """How much of the difficulty smoothing moves from activations to weights; 0 leaves everything as it is."""
@@ -21,15 +20,6 @@ _COLUMNS = 4096
 """Output channels that are looked at: a vocabulary has more than a decision needs."""
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One way to bring a product to int8, and what it costs."""
-
-    plan: LinearPlan
-    error: float
-    """Mean over rows of the squared error of the output, relative to the row's output."""
-
-
 def rounded_rows(rows: FloatArray, two_digits: bool = False) -> FloatArray:
     """``rows`` [S, K] after the rounding that the graph does: each row by its own scale, to one int8 digit or two."""
     unit = np.abs(rows).max(axis=1, keepdims=True) / np.float32(LEVELS)
@@ -37,7 +27,7 @@ def rounded_rows(rows: FloatArray, two_digits: bool = False) -> FloatArray:
     coarse: FloatArray = np.rint(rows / unit) * unit
     if not two_digits:
         return coarse
-    finer = unit / (2.0 * LEVELS)
+    finer = unit / DIGIT
     return np.asarray(coarse + np.rint((rows - coarse) / finer) * finer, dtype=np.float32)
 
 
@@ -59,29 +49,26 @@ def smoothing(largest: FloatArray, matrix: FloatArray, strength: float, shared: 
 def choose(statistics: InputStatistics, matrix: FloatArray, shared: int = 0, group: int = 1) -> LinearPlan:
     """The plan for ``matrix`` [K, N] with the smallest error on the sampled rows."""
     part = matrix if matrix.shape[1] <= _COLUMNS else matrix[:, :: -(-matrix.shape[1] // _COLUMNS)]
-    trials = [
-        _trial(statistics, part, None if not strength else smoothing(statistics.largest, part, strength, shared, group))
-        for strength in _STRENGTHS
+    exact = statistics.sample @ part
+    candidates: list[FloatArray | None] = [
+        smoothing(statistics.largest, part, strength, shared, group) if strength else None for strength in _STRENGTHS
     ]
-    best = min(trials, key=lambda trial: trial.error)
-    return LinearPlan(best.plan.smoothing, best.error > _TOLERATED_ERROR, _smoothed_gram(statistics.gram, best.plan))
+    errors = [_relative_error(statistics.sample, part, factors, exact) for factors in candidates]
+    best = int(np.argmin(errors))
+    factors, gram = candidates[best], statistics.gram
+    if gram is not None and factors is not None:
+        gram = np.asarray(gram / np.outer(factors, factors), dtype=np.float32)
+    return LinearPlan(factors, errors[best] > _TOLERATED_ERROR, gram)
 
 
-def _trial(statistics: InputStatistics, matrix: FloatArray, factors: FloatArray | None) -> Trial:
-    rows = statistics.sample
-    exact = rows @ matrix
+def _relative_error(rows: FloatArray, matrix: FloatArray, factors: FloatArray | None, exact: FloatArray) -> float:
+    """Mean over rows of the squared error of the smoothed and rounded product, relative to that of ``exact``."""
     if factors is not None:
         rows, matrix = rows / factors, matrix * factors[:, None]
     scales = column_scales(matrix)
     error = rounded_rows(rows) @ (round_columns(matrix, scales) * scales) - exact
     relative = np.square(error).sum(axis=1) / np.maximum(np.square(exact).sum(axis=1), 1e-30)
-    return Trial(LinearPlan(factors), float(relative.mean()))
-
-
-def _smoothed_gram(gram: FloatArray | None, plan: LinearPlan) -> FloatArray | None:
-    if gram is None or plan.smoothing is None:
-        return gram
-    return np.asarray(gram / np.outer(plan.smoothing, plan.smoothing), dtype=np.float32)
+    return float(relative.mean())
 
 
 def choose_all(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from dspark_export.training.checks import check_options
 
@@ -40,6 +42,12 @@ class CorpusSettings:
     """A prompt of the target's own costs as much time as an answer. At most one of them is greedy."""
     slots: int = 64
     """Answers generated at once."""
+
+    @classmethod
+    def from_options(cls, given: Mapping[str, Any]) -> CorpusSettings:
+        """Of a command's options, which may be more than these. Lists of files may be None."""
+        values = {field.name: given[field.name] for field in fields(cls)}
+        return cls(**values | {name: tuple(given[name] or ()) for name in ("prompts", "openings")})
 
     def __post_init__(self) -> None:
         check = check_options(self)
