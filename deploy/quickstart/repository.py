@@ -19,7 +19,7 @@ MODEL = "smollm2-135m"
 DRAFTER = CHECKOUT / "export" / "pretrained" / MODEL
 _INT8 = ("--dtype", "int8")
 _LESS_TEXT = ("--check-tokens", "1500")
-"""Than the default, and for the check alone: a start should not take minutes, and calibrating with less shows in answers."""
+"""Than the default: a start should not take minutes. The calibration itself is not shortened."""
 _DRAFTER = 'parameters: { key: "drafter", value: { string_value: "../../drafter/1" } }\n'
 
 
