@@ -85,12 +85,10 @@ def export(command: Sequence[str], wanted: Export, salt: str, cache: Path, log: 
         QuickstartError: with the end of the exporter's output.
     """
     label = f"{wanted.stage}-{wanted.name}"
-    # Exports with other arguments may live side by side: only earlier ones of the same kind are removed.
-    kind = hashlib.sha256("\0".join(wanted.arguments).encode()).hexdigest()[:6]
-    target = cache / "artifacts" / f"{label}-{kind}-{export_key(salt, wanted)}"
+    target = cache / "artifacts" / f"{label}-{export_key(salt, wanted)}"
     if (target / MARKER).is_file():
         return target
-    for earlier in target.parent.glob(f"{label}-{kind}-*"):  # served copies are hard links: they keep their data
+    for earlier in target.parent.glob(f"{label}-*"):  # served copies are hard links: they keep their data
         shutil.rmtree(earlier, ignore_errors=True)
     target.mkdir(parents=True)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -70,15 +70,17 @@ def exported(model: str, folder: Path) -> Path:
 
 def served_pair(folder: Path) -> tuple[Path, Path]:
     """Verifier and drafter that the quickstart serves, as it exports them; otherwise as ``exported``."""
-    verifier = cached_export(quickstart_repository.served_verifier())
-    drafter = cached_export(quickstart_repository.served_drafter(verifier))
+    # Apart from other exports of this model: a cache keeps one of each name.
+    cache = cache_folder() / "served"
+    verifier = cached_export(quickstart_repository.served_verifier(), cache)
+    drafter = cached_export(quickstart_repository.served_drafter(verifier), cache)
     return _linked(verifier, folder / "verifier"), _linked(drafter, folder / "drafter")
 
 
-def cached_export(wanted: quickstart_repository.Export) -> Path:
+def cached_export(wanted: quickstart_repository.Export, cache: Path | None = None) -> Path:
     """The folder of an export of the quickstart's kind, made at most once for its sources. Never write into it."""
     packages = " ".join(f"{name}={version(name)}" for name in ("onnx", "onnx_ir", "numpy", "gguf"))
-    cache = cache_folder()
+    cache = cache or cache_folder()
     with exclusive(cache / "export.lock"):
         return quickstart_repository.export(
             [sys.executable, "-m", "dspark_export.cli"],
