@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -148,7 +149,7 @@ class TritonServer:
     def wait_until_serving(
         self, model: str | None, timeout: float, progress: Callable[[float], None] | None = None
     ) -> float:
-        """Wait until the server is ready and, with a model's name, has answered a real inference.
+        """Wait until the server is ready, listens on all its ports and, with a model's name, has answered an inference.
 
         Args:
             model: a model that speaks the wire contract of ``dspark``; None waits for readiness only.
@@ -167,13 +168,22 @@ class TritonServer:
             if (ended := self.poll()) is not None:
                 raise ServerFailed(self._explain(f"{ended} before it could serve"))
             state = health.check(self.grpc_url, model, timeout=min(10.0, max(1.0, timeout - elapsed)))
-            if state.healthy:
+            # gRPC comes up first: a server may be ready there while nobody listens for HTTP yet.
+            if state.healthy and (silent := self._silent_port()) is None:
                 return time.monotonic() - start
-            last = state.reason
+            last = f"nobody listens on port {silent}" if state.healthy else state.reason
             if progress is not None:
                 progress(elapsed)
             self.wait(0.5)
         raise ServerFailed(self._explain(f"the server could not serve after {timeout:.0f} s: {last}"))
+
+    def _silent_port(self) -> int | None:
+        for _, port in self.options.ports.named():
+            try:
+                socket.create_connection((_reachable(self.options.host), port), timeout=1.0).close()
+            except OSError:
+                return port
+        return None
 
     def stop(self, timeout: float | None = None) -> Exit:
         """Ask the server to finish, wait, then end whatever is left of its process group.
