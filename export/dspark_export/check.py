@@ -64,7 +64,7 @@ def check_drafter(directory: Path, verifier_directory: Path) -> None:
     except ArtifactError as error:
         raise ExportError(f"the written graphs do not load: {error}") from error
     try:
-        first, second = (_draft_once(stage, split) for split in (_TOKENS, 7))
+        first, second = (draft_once(stage, split) for split in (_TOKENS, 7))
         for name in ("tokens", "candidates", "probabilities", "confidence_logits"):
             one, other = getattr(first, name), getattr(second, name)
             if not np.isfinite(one).all():
@@ -75,7 +75,7 @@ def check_drafter(directory: Path, verifier_directory: Path) -> None:
         stage.close()
 
 
-def _draft_once(stage: OnnxRuntimeDrafter, split: int) -> DraftOutput:
+def draft_once(stage: OnnxRuntimeDrafter, split: int) -> DraftOutput:
     """A block behind some context rows, the first ``split`` of them through the context graph where fewer."""
     artifact, random = stage.artifact, np.random.default_rng(0)
     count = min(_TOKENS, artifact.max_context)

@@ -15,7 +15,7 @@ from dspark_backend.stages.artifact import load_verifier_artifact
 from dspark_backend.stages.int8 import LEVELS, int8_matrix
 from dspark_backend.stages.onnxruntime_drafter import OnnxRuntimeDrafter
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
-from dspark_export.check import _draft_once, prompt_logits
+from dspark_export.check import draft_once, prompt_logits
 from dspark_export.errors import ExportError
 from dspark_export.quantization.activations import InputStatistics
 from dspark_export.quantization.choose import choose, rounded_rows, smoothing
@@ -198,7 +198,7 @@ def test_processors_without_vnni_give_the_same_bits(pair, tmp_path, monkeypatch)
         stage = OnnxRuntimeVerifier(verifier, 1)
         logits = prompt_logits(stage, ids, 8)
         drafter = OnnxRuntimeDrafter(tmp_path / "drafter", verifier, 1)
-        found.append((logits.tobytes(), _draft_once(drafter, 24).confidence_logits.tobytes()))
+        found.append((logits.tobytes(), draft_once(drafter, 24).confidence_logits.tobytes()))
     assert processor.int8_saturates() is False
     assert found[0] == found[1]
 
