@@ -9,6 +9,7 @@ from typing import Any
 
 from dspark_backend.errors import ConfigError
 from dspark_backend.scheduling import DepthPolicy, parse_policy
+from dspark_backend.stages.settings import PROVIDERS, StageSettings
 
 
 def _parse(key: str, kind: str, text: str, base: Path) -> Any:
@@ -70,6 +71,13 @@ class EngineConfig:
     """Longest text_input or messages; 0 takes 16 bytes for each token of the context."""
     threads: int = 0
     """Threads of the CPU runtime; 0 takes one a core."""
+    provider: str = ""
+    """What ONNX Runtime runs on: cpu, cuda, or tensorrt (compiles at the first load). Default: cpu. TensorRT engines do
+    not read it."""
+    device: int = 0
+    """Number of the GPU, where one is used."""
+    engine_cache: Path | None = None
+    """Where the provider tensorrt keeps what it compiled; default: its own choice, the working directory."""
     metrics_interval_ms: int = 500
     """Between two publications of the metrics."""
 
@@ -90,6 +98,8 @@ class EngineConfig:
         check("prefill_chunk_busy", 1 <= self.prefill_chunk_busy <= 65536, "1 to 65536")
         check("max_prompt_bytes", self.max_prompt_bytes >= 0, "0 or more")
         check("threads", 0 <= self.threads <= 1024, "0 to 1024")
+        check("provider", self.provider in ("", *PROVIDERS), " or ".join(PROVIDERS))
+        check("device", 0 <= self.device <= 255, "0 to 255")
         check("metrics_interval_ms", 10 <= self.metrics_interval_ms <= 2000, "10 to 2000")
 
     @property
@@ -99,6 +109,11 @@ class EngineConfig:
             return parse_policy(self.policy or ("off" if self.drafter is None else "causal"))
         except ValueError as error:
             raise ConfigError(f"policy: {error}") from None
+
+    @property
+    def stages(self) -> StageSettings:
+        """What of it the stages read."""
+        return StageSettings(self.threads, self.provider, self.device, self.engine_cache)
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str], base: Path) -> EngineConfig:

@@ -64,8 +64,8 @@ def _artifact_facts(artifact: VerifierArtifact | DrafterArtifact) -> dict[str, o
 
 
 def fingerprint(
-    verifier: VerifierArtifact, drafter: DrafterArtifact | None, threads: int, plan: ProfilePlan
-) -> str:  # fmt: skip
+    verifier: VerifierArtifact, drafter: DrafterArtifact | None, threads: int, plan: ProfilePlan, provider: str = ""
+) -> str:
     """SHA-256 of everything that step times depend on. ``plan`` counts with its grid, not with its time limit."""
     runtimes = {}
     for package in _RUNTIMES:
@@ -78,6 +78,7 @@ def fingerprint(
         "threads": threads,
         "device": device_description(),
         "runtimes": runtimes,
+        **({"provider": provider} if provider not in ("", "cpu") else {}),
         "grid": asdict(Grid.of(plan, verifier, drafter)),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

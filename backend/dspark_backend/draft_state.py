@@ -9,7 +9,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_backend.stages.batch import FloatArray
+from dspark_backend.stages.rows import Rows
 
 Survival: TypeAlias = NDArray[np.float64]
 """[g]: calibrated probability that drafts 1 .. k all stand."""
@@ -19,7 +19,7 @@ Survival: TypeAlias = NDArray[np.float64]
 class DraftState:
     """Context that waits, what past rounds taught, and counts."""
 
-    pending: list[FloatArray] = field(default_factory=list)
+    pending: list[Rows] = field(default_factory=list)
     """Features [n, F] of committed positions that are not in the drafter's cache yet, in order."""
     context_length: int = 0
     """Rows in the drafter's cache."""

@@ -16,8 +16,9 @@ from dspark_backend.roster import SEE_LOG, Roster
 from dspark_backend.round_plan import Block, Round
 from dspark_backend.sequence import RequestState, SequenceState
 from dspark_backend.speculation import Drafting, Speculator
-from dspark_backend.stages.batch import FloatArray, Segment, StepBatch, StepOutput
+from dspark_backend.stages.batch import Segment, StepBatch, StepOutput
 from dspark_backend.stages.protocol import VerifierStage
+from dspark_backend.stages.rows import Rows
 from dspark_backend.telemetry import RoundObserver, RoundRecord
 from dspark_backend.tokenizer import Tokenizer
 from dspark_backend.verification import TargetRows, take_tokens
@@ -33,7 +34,7 @@ class _Ran:
 
     num_tokens: int
     seconds: float
-    features: list[FloatArray]
+    features: list[Rows]
     """[n, F] of each segment's tokens: views of what the next step overwrites."""
     targets: list[TargetRows]
     """What the model says in each segment where that was asked."""
@@ -250,7 +251,7 @@ class Engine:
             self.roster.fail(sequence.state, InternalError(SEE_LOG))
         return None
 
-    def _commit(self, sequence: SequenceState, token_ids: Sequence[int], features: FloatArray) -> None:
+    def _commit(self, sequence: SequenceState, token_ids: Sequence[int], features: Rows) -> None:
         """Tokens of a step are part of the sequence now: in the target's cache, and for the drafter.
 
         ``features`` [n or more, F] are those of the step.

@@ -19,9 +19,8 @@ from dspark_backend.request import GenerationRequest
 from dspark_backend.sequence import RequestState, Sink
 from dspark_backend.speculation import Drafting
 from dspark_backend.stages.artifact import VerifierArtifact
-from dspark_backend.stages.onnxruntime_drafter import OnnxRuntimeDrafter
-from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
 from dspark_backend.stages.protocol import DrafterStage, VerifierStage
+from dspark_backend.stages.registry import open_drafter, open_verifier
 from dspark_backend.telemetry import RoundObserver
 from dspark_backend.tokenizer import Tokenizer, TokenizerSettings
 
@@ -68,7 +67,7 @@ class EngineRunner:
             ArtifactError: an artifact is missing, corrupt or does not fit.
             DSparkError: the settings do not fit the artifact.
         """
-        verifier = OnnxRuntimeVerifier(config.verifier, config.threads)
+        verifier = open_verifier(config.verifier, config.stages)
         drafting = load_drafting(config, verifier) if config.drafter is not None else None
         return cls(verifier, load_tokenizer(config, verifier.artifact), config, drafting, observer)
 
@@ -173,18 +172,18 @@ def load_tokenizer(config: EngineConfig, artifact: VerifierArtifact) -> Tokenize
     return Tokenizer(config.verifier, settings)
 
 
-def load_drafting(config: EngineConfig, verifier: OnnxRuntimeVerifier) -> Drafting:
+def load_drafting(config: EngineConfig, verifier: VerifierStage) -> Drafting:
     """Drafter, calibration and cost model; the last is measured where no cache has it.
 
     Raises:
         ArtifactError: the drafter is missing, corrupt or of another verifier, or its calibration is damaged.
     """
     assert config.drafter is not None
-    drafter = OnnxRuntimeDrafter(config.drafter, config.verifier, config.threads)
+    drafter = open_drafter(config.drafter, config.verifier, config.stages)
     artifact = drafter.artifact
     calibration = load_calibration(config.drafter, artifact.block_size, artifact.source_hash)
     plan = ProfilePlan(max_slots=config.max_slots, max_seconds=config.profile_seconds)
-    key = fingerprint(verifier.artifact, artifact, config.threads, plan)
+    key = fingerprint(verifier.artifact, artifact, config.threads, plan, config.provider)
     cache = CostCache(config.cost_cache or default_cache_directory(), key)
 
     def log_progress(what: str, done: float) -> None:

@@ -53,7 +53,7 @@ def score(stage: VerifierStage, token_ids: Sequence[int], want_logits: bool) -> 
         following = token_ids[start + 1 : end + 1]
         if following:
             log_probs[start + 1 : start + 1 + len(following)] = log_probability(
-                output.logits[: len(following)], following
+                np.asarray(output.logits[: len(following)]), following
             )
         if logits is not None:
             logits[start:end] = output.logits

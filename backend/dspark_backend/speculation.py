@@ -23,9 +23,10 @@ from dspark_backend.round_cost import RoundCost
 from dspark_backend.round_plan import Block, Round
 from dspark_backend.scheduling import DepthPolicy, DraftRound, best_throughput
 from dspark_backend.sequence import SequenceState
-from dspark_backend.stages.batch import FloatArray, IntArray
+from dspark_backend.stages.batch import IntArray
 from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput, DraftSampling
 from dspark_backend.stages.protocol import DrafterStage
+from dspark_backend.stages.rows import Rows, joined
 from dspark_backend.verification import VerifiedDrafts
 
 _FLUSH_ROWS = 256
@@ -67,7 +68,7 @@ class Speculator:
         """The sequences that drafted last, and how: mostly the same ones as in the round before."""
         self.block_size = drafter.artifact.block_size
 
-    def feed(self, sequence: SequenceState, features: FloatArray) -> None:
+    def feed(self, sequence: SequenceState, features: Rows) -> None:
         """Take the features [n, F] of positions that were just committed to the target's cache: a view will do."""
         if not sequence.prepared.policy.drafts:
             return
@@ -207,7 +208,8 @@ class Speculator:
 
     def _take_context(self, sequences: Sequence[SequenceState]) -> ContextRows:
         """All waiting rows of some sequences; they count as cached from here on."""
-        features, positions, slots = [], [], []
+        features: list[Rows] = []
+        positions, slots = [], []
         for sequence in sequences:
             state, slot = sequence.draft, sequence.held_slot
             rows = state.pending_rows
@@ -217,7 +219,7 @@ class Speculator:
             state.pending = []
             state.context_length += rows
             slot.context_length = state.context_length
-        return ContextRows(np.concatenate(features), np.concatenate(positions), np.concatenate(slots))
+        return ContextRows(joined(features), np.concatenate(positions), np.concatenate(slots))
 
     def _depths(
         self, drafting: Sequence[SequenceState], survival: Survival, limits: IntArray, count: int, capacity: int

@@ -15,11 +15,13 @@ import triton_python_backend_utils as pb_utils
 from dspark_backend.drafting_alone import draft_alone, parse_query
 from dspark_backend.errors import ConfigError, DSparkError, InternalError
 from dspark_backend.scoring import score
-from dspark_backend.stages.onnxruntime_drafter import OnnxRuntimeDrafter
-from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
+from dspark_backend.stages.registry import open_drafter, open_verifier
+from dspark_backend.stages.settings import PROVIDERS, StageSettings
 from dspark_backend.triton_common import model_folder, read_parameters, triton_error
 
 logger = logging.getLogger(__name__)
+
+_STAGE_KEYS = ("threads", "provider", "device", "engine_cache")
 
 
 class VerifierModel:
@@ -28,8 +30,8 @@ class VerifierModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the artifact beside the model's file, or where the parameter ``artifact`` says."""
         try:
-            parameters = _Parameters(args, ("artifact", "threads"))
-            self._stage = OnnxRuntimeVerifier(parameters.folder("artifact", "."), parameters.threads())
+            parameters = _Parameters(args, ("artifact", *_STAGE_KEYS))
+            self._stage = open_verifier(parameters.folder("artifact", "."), parameters.settings())
         except DSparkError as error:
             raise pb_utils.TritonModelException(str(error)) from None
 
@@ -58,11 +60,11 @@ class DrafterModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the artifact beside the model's file or at ``artifact``, and the one at ``verifier`` that it needs."""
         try:
-            parameters = _Parameters(args, ("artifact", "verifier", "threads"))
-            self._stage = OnnxRuntimeDrafter(
+            parameters = _Parameters(args, ("artifact", "verifier", *_STAGE_KEYS))
+            self._stage = open_drafter(
                 parameters.folder("artifact", "."),
                 parameters.folder("verifier", "../../verifier/1"),
-                parameters.threads(),
+                parameters.settings(),
             )
         except DSparkError as error:
             raise pb_utils.TritonModelException(str(error)) from None
@@ -99,11 +101,18 @@ class _Parameters:
     def folder(self, key: str, default: str) -> Path:
         return (self._base / self._values.get(key, default)).resolve()
 
-    def threads(self) -> int:
-        """Raises ConfigError where it is no count."""
-        text = self._values.get("threads", "0")
+    def settings(self) -> StageSettings:
+        """Raises ConfigError where a number is no count, or the provider unknown."""
+        provider = self._values.get("provider", "")
+        if provider not in ("", *PROVIDERS):
+            raise ConfigError(f"provider: expected {' or '.join(PROVIDERS)}, got {provider!r}")
+        cache = self.folder("engine_cache", ".") if "engine_cache" in self._values else None
+        return StageSettings(self._count("threads"), provider, self._count("device"), cache)
+
+    def _count(self, key: str) -> int:
+        text = self._values.get(key, "0")
         if not text.isdecimal():
-            raise ConfigError(f"threads: expected 0 or more, got {text!r}")
+            raise ConfigError(f"{key}: expected 0 or more, got {text!r}")
         return int(text)
 
 

@@ -20,7 +20,7 @@ from dspark_backend.sampling import (
     target_distribution,
 )
 from dspark_backend.sequence import SequenceState
-from dspark_backend.stages.batch import FloatArray
+from dspark_backend.stages.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TargetRows:
     Greedy requests read numbers alone: nothing here of vocabulary size is touched for them.
     """
 
-    logits: FloatArray
+    logits: Rows
     """[n + 1, V]"""
     argmax: Sequence[int]
     """[n + 1]: the first index of the largest logit."""

@@ -103,6 +103,8 @@ class ConnectionOptions:
             ("grpc.max_receive_message_length", -1),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
+            # A name with several addresses (a headless service of Kubernetes) is several servers: calls take turns.
+            ("grpc.lb_policy_name", "round_robin"),
         ]
         if self.tls is not None and self.tls.server_name is not None:
             arguments.append(("grpc.ssl_target_name_override", self.tls.server_name))

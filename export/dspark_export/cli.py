@@ -11,6 +11,8 @@ from rich.markup import escape
 from dspark_backend.errors import DSparkError
 from dspark_export.commands.corpus import corpus
 from dspark_export.commands.drafter import drafter
+from dspark_export.commands.engine import engine
+from dspark_export.commands.plan import plan
 from dspark_export.commands.profile import profile
 from dspark_export.commands.progress import console
 from dspark_export.commands.speculation import calibrate, evaluate
@@ -28,7 +30,7 @@ def root(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what
     )
 
 
-for command in (verifier, drafter, corpus, train, profile, calibrate, evaluate):
+for command in (verifier, drafter, engine, plan, corpus, train, profile, calibrate, evaluate):
     app.command()(command)
 
 

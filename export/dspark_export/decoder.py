@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ class RopeScaling:
     original_max_position: int = 8192
     divisors: tuple[float, ...] = ()
     """kind ``factors``: one a channel pair, as GGUF files state them."""
+    rotated: float = 1.0
+    """kind ``proportional``: the share of the head's channel pairs that turns; the others keep still (Gemma 4)."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Rope:
             return inverse
         if scaling.kind == "linear":
             return (inverse / np.float32(scaling.factor)).astype(np.float32)
+        if scaling.kind == "proportional":
+            turning = np.arange(len(inverse)) < int(scaling.rotated * self.head_dim // 2)
+            return np.where(turning, inverse / np.float32(scaling.factor), 0.0).astype(np.float32)
         if scaling.kind == "factors":
             return (inverse / np.asarray(scaling.divisors, dtype=np.float32)).astype(np.float32)
         if scaling.kind == "llama3":
@@ -50,7 +55,7 @@ class Rope:
             span = scaling.high_freq_factor - scaling.low_freq_factor
             keep = np.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
             return np.asarray(inverse / scaling.factor * (1 - keep) + inverse * keep, dtype=np.float32)
-        raise ValueError(f"rope_type: expected default, linear, llama3 or factors, got {scaling.kind!r}")
+        raise ValueError(f"rope_type: expected default, linear, llama3, proportional or factors, got {scaling.kind!r}")
 
     def tables(self, positions: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """Cosines and sines of positions 0 .. positions-1, each float32 [positions, head_dim / 2]."""
@@ -60,16 +65,24 @@ class Rope:
 
 @dataclass(frozen=True)
 class Attention:
-    """Grouped-query attention with rotary positions over the whole context."""
+    """Grouped-query attention of a layer, with rotary positions."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rope: Rope
     qk_norm: bool = False
-    """An RMS norm on every query and key head, before the rotation (Qwen3)."""
+    """An RMS norm on every query and key head, before the rotation (Qwen3, Gemma)."""
     qkv_bias: bool = False
     output_bias: bool = False
+    value_norm: bool = False
+    """An RMS norm without weight on every value head (Gemma 4)."""
+    keys_are_values: bool = False
+    """There is no value projection: values are the projected keys before their norm and rotation (Gemma 4)."""
+    window: int | None = None
+    """A token sees itself and so many tokens less one before it; None: all before it. The cache keeps every row."""
+    fixed_scale: float | None = None
+    """What scores are multiplied by; None: head_dim ** -0.5."""
 
     @property
     def group(self) -> int:
@@ -78,9 +91,11 @@ class Attention:
 
     @property
     def scale(self) -> float:
-        return float(self.head_dim**-0.5)
+        return float(self.head_dim**-0.5) if self.fixed_scale is None else self.fixed_scale
 
     def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"sliding_window: expected at least 1, got {self.window}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"attention: expected num_attention_heads ({self.num_heads}) to be a multiple of "
@@ -90,7 +105,11 @@ class Attention:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A whole target model. Tensor names follow the Hugging Face layout of ``LlamaForCausalLM``."""
+    """A whole target model. Tensor names follow the Hugging Face layout of ``LlamaForCausalLM``.
+
+    Raises:
+        ValueError: ``attentions`` are not one a layer, or their query heads differ in number.
+    """
 
     family: str
     vocab_size: int
@@ -99,9 +118,50 @@ class Decoder:
     num_layers: int
     norm_eps: float
     attention: Attention
+    """Of every layer, unless ``attentions`` says otherwise."""
     tied_embedding: bool
     max_position: int
     mlp_bias: bool = False
+    attentions: tuple[Attention, ...] = ()
+    """One a layer, where layers differ; ``attention`` is then the first."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the MLP's gate."""
+    norm_offset: bool = False
+    """RMS norms multiply by 1 + weight (Gemma 3) instead of weight."""
+    branch_norms: bool = False
+    """The outputs of attention and MLP are normed before they are added to the residual stream: four norms a layer
+    (Gemma). ``post_attention_layernorm`` is then one of these, and ``pre_feedforward_layernorm`` stands before the
+    MLP."""
+    layer_scalar: bool = False
+    """The residual stream is multiplied by a number of the checkpoint after each layer (Gemma 4)."""
+    embedding_scale: float = 1.0
+    logit_cap: float | None = None
+    """Logits become cap * tanh(logits / cap)."""
+
+    def __post_init__(self) -> None:
+        if self.attentions and len(self.attentions) != self.num_layers:
+            raise ValueError(f"layer_types: expected {self.num_layers} layers, got {len(self.attentions)}")
+        if len({attention.num_heads for attention in self.attentions}) > 1:
+            raise ValueError("num_attention_heads: expected the same in every layer")
+
+    def layer_attention(self, layer: int) -> Attention:
+        """The attention of a layer."""
+        return self.attentions[layer] if self.attentions else self.attention
+
+    @property
+    def layer_attentions(self) -> tuple[Attention, ...]:
+        """One a layer."""
+        return self.attentions or (self.attention,) * self.num_layers
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(key/value heads, channels a head) of every layer's cache."""
+        return tuple((attention.num_kv_heads, attention.head_dim) for attention in self.layer_attentions)
+
+    @property
+    def last_tap(self) -> int:
+        """The last layer that a drafter may read: never the last layer of all (DESIGN, "Features")."""
+        return self.num_layers - 2
 
     def default_taps(self) -> tuple[int, ...]:
         """Layers whose outputs a drafter reads when nobody says otherwise: five, spread from early to late.

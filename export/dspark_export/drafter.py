@@ -19,16 +19,20 @@ from dspark_backend.stages.artifact import (
 from dspark_backend.stages.onnxruntime_drafter import CONTEXT_FILE, DRAFT_FILE
 from dspark_backend.stages.shared_weights import D2T_FILE
 from dspark_export.check import check_drafter
-from dspark_export.drafter_spec import DrafterSpec, describe_drafter
+from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.errors import ExportError
 from dspark_export.graph.drafter import DrafterGraph
 from dspark_export.graph.head import MAX_CANDIDATES
 from dspark_export.graph.tape import save_graph
+from dspark_export.layouts import read_drafter
 from dspark_export.publish import Progress, file_digests, file_sizes, published, tool_versions
 from dspark_export.quantization.plan import Int8Plan, LinearPlan
+from dspark_export.same_target import check_same_target
 from dspark_export.source import source_hash
-from dspark_export.verifier import DTYPES
-from dspark_export.weights import WeightSource
+from dspark_export.tensorrt_graphs import RUNTIME as TENSORRT
+from dspark_export.tensorrt_graphs import write_drafter_graphs
+from dspark_export.verifier import check_precision
+from dspark_export.weights import WeightSource, require_unquantised
 from dspark_export.weights.safetensors_folder import SafetensorsFolder
 
 INT8_PLAN = Int8Plan({"fc": LinearPlan(two_digits=True)})
@@ -44,10 +48,10 @@ class DrafterExport:
     verifier: Path
     out: Path
     dtype: str = "float32"
+    runtime: str = "onnxruntime"
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ExportError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_precision(self.runtime, self.dtype)
 
 
 def export_drafter(options: DrafterExport, progress: Progress, expose_intermediates: bool = False) -> DrafterArtifact:
@@ -60,23 +64,36 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
         ArtifactError: the verifier's artifact is missing or corrupt.
     """
     verifier = load_verifier_artifact(options.verifier)
-    weights = SafetensorsFolder(options.checkpoint)
-    spec = describe_drafter(weights.config)
+    spec, weights = read_drafter(SafetensorsFolder(options.checkpoint))
+    require_unquantised(weights.config, f"drafter {options.checkpoint.name}")
     check_against_verifier(spec, weights, verifier, options.checkpoint.name)
+    if verifier.runtime != options.runtime:
+        raise ExportError(
+            f"{options.verifier}: expected a verifier exported for {options.runtime}, as --runtime says, got one for "
+            f"{verifier.runtime}"
+        )
+    check_same_target(weights, verifier, options.verifier, options.checkpoint.name)
     with published(options.out) as work:
         # A block reaches past the anchor's position, which may be the context's last.
         positions = verifier.max_context + spec.block_size
-        stored, plan = ("float32", INT8_PLAN) if options.dtype == "int8" else (options.dtype, None)
-        draft = DrafterGraph(spec, weights, positions, stored, plan).build_draft(expose_intermediates)
-        save_graph(draft, work, DRAFT_FILE, lambda done: progress("write the drafter", done))
-        context = DrafterGraph(spec, weights, positions, stored, plan).build_context()
-        save_graph(context, work, CONTEXT_FILE)
+        engine = None
+        if options.runtime == TENSORRT:
+            engine = write_drafter_graphs(
+                spec, weights, verifier.max_context, options.dtype, work,
+                lambda done: progress("write the drafter", done),
+            )  # fmt: skip
+        else:
+            stored, plan = ("float32", INT8_PLAN) if options.dtype == "int8" else (options.dtype, None)
+            draft = DrafterGraph(spec, weights, positions, stored, plan).build_draft(expose_intermediates)
+            save_graph(draft, work, DRAFT_FILE, lambda done: progress("write the drafter", done))
+            context = DrafterGraph(spec, weights, positions, stored, plan).build_context()
+            save_graph(context, work, CONTEXT_FILE)
         if spec.draft_vocab_size != spec.decoder.vocab_size:
             np.save(work / D2T_FILE, weights.read("d2t").astype(np.int64))
         attention = spec.decoder.attention
         artifact = DrafterArtifact(
-            architecture=weights.config["architectures"][0],
-            runtime="onnxruntime",
+            architecture=str((weights.config.get("architectures") or ["DSparkSpeculator"])[0]),
+            runtime=options.runtime,
             dtype=options.dtype,
             block_size=spec.block_size,
             vocab_size=spec.decoder.vocab_size,
@@ -97,10 +114,12 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
             tool_versions=tool_versions(),
             files=file_sizes(work),
             digests=file_digests(work),
+            engine=engine,
         )
         save_artifact(artifact, work)
         progress("check the written graphs", 0.0)
-        check_drafter(work, options.verifier)
+        if engine is None:
+            check_drafter(work, options.verifier)
         # Fitted to this very checkpoint; no part of the artifact, since it may be fitted again.
         if (options.checkpoint / CALIBRATION_FILE).is_file():
             shutil.copy2(options.checkpoint / CALIBRATION_FILE, work / CALIBRATION_FILE)
@@ -142,12 +161,18 @@ def _expected_shapes(spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
             f"{prefix}.post_attention_layernorm.weight": (hidden,),
             f"{prefix}.self_attn.q_proj.weight": (queries, hidden),
             f"{prefix}.self_attn.k_proj.weight": (keys, hidden),
-            f"{prefix}.self_attn.v_proj.weight": (keys, hidden),
             f"{prefix}.self_attn.o_proj.weight": (hidden, queries),
             f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
             f"{prefix}.mlp.up_proj.weight": (inner, hidden),
             f"{prefix}.mlp.down_proj.weight": (hidden, inner),
         }
+        if not attention.keys_are_values:
+            shapes[f"{prefix}.self_attn.v_proj.weight"] = (keys, hidden)
+        if decoder.branch_norms:
+            shapes[f"{prefix}.pre_feedforward_layernorm.weight"] = (hidden,)
+            shapes[f"{prefix}.post_feedforward_layernorm.weight"] = (hidden,)
+        if decoder.layer_scalar:
+            shapes[f"{prefix}.layer_scalar"] = (1,)
         if attention.qk_norm:
             shapes[f"{prefix}.self_attn.q_norm.weight"] = (attention.head_dim,)
             shapes[f"{prefix}.self_attn.k_norm.weight"] = (attention.head_dim,)

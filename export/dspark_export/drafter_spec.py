@@ -12,7 +12,7 @@ from dspark_export.families import describe
 
 HeadKind = Literal["vanilla", "gated", "rnn"]
 
-_ARCHITECTURES = ("Qwen3DSparkModel", "LlamaDSparkModel")
+_ARCHITECTURES = ("Qwen3DSparkModel", "LlamaDSparkModel", "Gemma4DSparkModel")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def describe_drafter(config: Mapping[str, Any]) -> DrafterSpec:
         )
     except KeyError as missing:
         raise ExportError(f"drafter config.json: expected the key {missing}") from missing
+    if len(set(decoder.layer_attentions)) > 1 or decoder.attention.window is not None:
+        raise ExportError("drafter config.json: layer_types: expected full_attention in every layer")
     if head not in ("vanilla", "gated", "rnn"):
         raise ExportError(f"markov_head_type: expected vanilla, gated or rnn, got {head!r}")
     if not 1 <= spec.block_size <= 64:

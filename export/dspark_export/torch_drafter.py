@@ -167,6 +167,8 @@ class TorchDrafter(nn.Module):
         steps = torch.arange(spec.block_size, device=features.device)
         tokens = torch.where(steps == 0, anchors[:, None], spec.mask_token_id)
         x = self.embedding[tokens]
+        if spec.decoder.embedding_scale != 1.0:
+            x = x * spec.decoder.embedding_scale
         context = self.hidden_norm(self.fc(features * self.feature_scale))
         keys = ContextKeys(context, Rotation.at(positions, self._inverse_frequencies, x.dtype), texts)
         rotation = Rotation.at(starts[:, None] + steps, self._inverse_frequencies, x.dtype)
@@ -188,7 +190,8 @@ class TorchDrafter(nn.Module):
     def _base_logits(self, hidden: Tensor) -> Tensor:
         reduced = torch.is_autocast_enabled("cpu")
         head = self._draft_head(torch.get_autocast_dtype("cpu") if reduced else self.lm_head.dtype)
-        return nn.functional.linear(hidden, head)
+        logits, cap = nn.functional.linear(hidden, head), self.spec.decoder.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _confidence(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         if self.confidence_head is None:

@@ -67,13 +67,17 @@ class DrafterAttention(nn.Module):
         keys = attention.num_kv_heads * attention.head_dim
         self.q_proj = nn.Linear(hidden_size, queries, bias=attention.qkv_bias)
         self.k_proj = nn.Linear(hidden_size, keys, bias=attention.qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, keys, bias=attention.qkv_bias)
+        if not attention.keys_are_values:
+            self.v_proj = nn.Linear(hidden_size, keys, bias=attention.qkv_bias)
         self.o_proj = nn.Linear(queries, hidden_size, bias=attention.output_bias)
         if attention.qk_norm:
             self.q_norm: nn.Module = nn.RMSNorm(attention.head_dim, norm_eps)
             self.k_norm: nn.Module = nn.RMSNorm(attention.head_dim, norm_eps)
         else:
             self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        self.v_norm: nn.Module = nn.Identity()
+        if attention.value_norm:
+            self.v_norm = nn.RMSNorm(attention.head_dim, norm_eps, elementwise_affine=False)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """[..., heads * D] -> [..., heads, D]"""
@@ -82,7 +86,9 @@ class DrafterAttention(nn.Module):
 
     def _keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """[..., Hkv, D] each."""
-        return rotation.apply(self.k_norm(self._heads(self.k_proj(x)))), self._heads(self.v_proj(x))
+        key = self._heads(self.k_proj(x))
+        value = key if self._shape.keys_are_values else self._heads(self.v_proj(x))
+        return rotation.apply(self.k_norm(key)), self.v_norm(value)
 
     def forward(self, x: Tensor, rotation: Rotation, keys: ContextKeys) -> Tensor:
         """[A, g, H] -> [A, g, H]."""
@@ -119,22 +125,27 @@ class DrafterAttention(nn.Module):
 
 
 class DrafterMlp(nn.Module):
-    """down(silu(gate(x)) * up(x))"""
+    """down(activation(gate(x)) * up(x))"""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         hidden, inner = decoder.hidden_size, decoder.intermediate_size
+        self._silu = decoder.activation == "silu"
         self.gate_proj = nn.Linear(hidden, inner, bias=decoder.mlp_bias)
         self.up_proj = nn.Linear(hidden, inner, bias=decoder.mlp_bias)
         self.down_proj = nn.Linear(inner, hidden, bias=decoder.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        active = nn.functional.silu(gate) if self._silu else nn.functional.gelu(gate, approximate="tanh")
+        mixed: Tensor = self.down_proj(active * self.up_proj(x))
         return mixed
 
 
 class DrafterLayer(nn.Module):
-    """Pre-norm attention and MLP, both residual."""
+    """Pre-norm attention and MLP, both residual; in Gemma's layout, their outputs are normed as well."""
+
+    layer_scalar: Tensor
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -142,9 +153,20 @@ class DrafterLayer(nn.Module):
         self.self_attn = DrafterAttention(decoder.hidden_size, decoder.attention, decoder.norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(decoder.hidden_size, decoder.norm_eps)
         self.mlp = DrafterMlp(decoder)
+        self._branch_norms, self._scaled = decoder.branch_norms, decoder.layer_scalar
+        if decoder.branch_norms:
+            self.pre_feedforward_layernorm = nn.RMSNorm(decoder.hidden_size, decoder.norm_eps)
+            self.post_feedforward_layernorm = nn.RMSNorm(decoder.hidden_size, decoder.norm_eps)
+        if decoder.layer_scalar:
+            self.register_buffer("layer_scalar", torch.ones(1))
 
     def forward(self, x: Tensor, rotation: Rotation, keys: ContextKeys) -> Tensor:
         """[A, g, H] -> [A, g, H]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, keys)
+        attended = self.self_attn(self.input_layernorm(x), rotation, keys)
+        if self._branch_norms:
+            x = x + self.post_attention_layernorm(attended)
+            x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+            return x * self.layer_scalar if self._scaled else x
+        x = x + attended
         mixed: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return mixed

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from dspark_backend.stages.artifact import TensorLocation, VerifierArtifact, save_artifact
 from dspark_backend.stages.onnxruntime_verifier import MODEL_FILE
 from dspark_export.check import check_verifier
 from dspark_export.decoder import Decoder
+from dspark_export.deepseek_v4 import DeepSeekV4
 from dspark_export.errors import ExportError
 from dspark_export.families import describe
 from dspark_export.gguf_tokenizer import write_tokenizer
+from dspark_export.graph.deepseek_v4.verifier import DeepSeekV4Graph
 from dspark_export.graph.tape import save_graph
 from dspark_export.graph.verifier import EMBEDDING, HEAD, VerifierGraph
 from dspark_export.hf_tokenizer import copy_tokenizer
@@ -24,8 +27,10 @@ from dspark_export.quantization.plan import Int8Plan
 from dspark_export.quantization.quality import Quality
 from dspark_export.quantization.texts import read_texts
 from dspark_export.source import open_weights, resolve_model, source_hash
+from dspark_export.tensorrt_graphs import RUNTIME as TENSORRT
+from dspark_export.tensorrt_graphs import check_tensorrt_dtype, write_verifier_graph
 from dspark_export.tokenizer_info import TokenizerInfo
-from dspark_export.weights import WeightSource
+from dspark_export.weights import WeightSource, require_unquantised
 from dspark_export.weights.gguf_file import GgufFile
 
 STORED = ("float32", "float16", "bfloat16")
@@ -33,6 +38,16 @@ STORED = ("float32", "float16", "bfloat16")
 DTYPES = (*STORED, "int8")
 DEFAULT_MAX_CONTEXT = 8192
 HEAD_FILE = "lm_head.bf16"
+
+
+def check_precision(runtime: str, dtype: str) -> None:
+    """Raises ExportError for a runtime or dtype that there is not."""
+    if runtime == TENSORRT:
+        check_tensorrt_dtype(dtype)
+    elif runtime != "onnxruntime":
+        raise ExportError(f"--runtime: expected onnxruntime or tensorrt, got {runtime!r}")
+    elif dtype not in DTYPES:
+        raise ExportError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
 
 
 @dataclass(frozen=True)
@@ -56,12 +71,11 @@ class VerifierExport:
     calibration_tokens: int = 4000
     check_tokens: int = 20_000
     """For int8: tokens of other text over which the result is compared with float32."""
+    check: bool = True
+    """Whether to load the written graph and run a text through it; that takes the model's memory in float32."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ExportError(f"--dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.runtime != "onnxruntime":
-            raise ExportError(f"--runtime: expected onnxruntime, got {self.runtime!r}")
+        check_precision(self.runtime, self.dtype)
         if self.max_context is not None and self.max_context < 2:
             raise ExportError(f"--max-context: expected at least 2, got {self.max_context}")
         for option in ("calibration_tokens", "check_tokens"):
@@ -87,6 +101,9 @@ def export_verifier(options: VerifierExport, progress: Progress) -> ExportedVeri
     path = resolve_model(options.model)
     weights = open_weights(path)
     decoder = describe(weights.config)
+    if isinstance(decoder, DeepSeekV4):
+        _check_deepseek(options)
+    require_unquantised(weights.config, f"model {path.name}")
     taps = _taps(decoder, options.target_layer_ids)
     max_context = min(decoder.max_position, options.max_context or DEFAULT_MAX_CONTEXT)
     if options.max_context and options.max_context > decoder.max_position:
@@ -126,11 +143,18 @@ class _Writer:
 
     def write(self, plan: Int8Plan | None) -> VerifierArtifact:
         decoder, tokenizer, dtype = self.decoder, self.tokenizer, self.options.dtype
-        model = VerifierGraph(
-            decoder, self.weights, self.taps, self.max_context, "float32" if plan else dtype, plan
-        ).build()
-        locations = save_graph(model, self.work, MODEL_FILE, lambda done: self.progress("write weights", done))
-        embedding = locations[f"{EMBEDDING}.weight"]
+        engine = None
+        if self.options.runtime == TENSORRT:
+            embedding, head, engine = write_verifier_graph(
+                decoder, self.weights, self.taps, self.max_context, dtype, self.work,
+                lambda done: self.progress("write weights", done),
+            )  # fmt: skip
+        else:
+            locations = save_graph(
+                self._graph(plan), self.work, MODEL_FILE, lambda done: self.progress("write weights", done)
+            )
+            embedding = locations[f"{EMBEDDING}.weight"]
+            head = embedding if decoder.tied_embedding else self._head(locations)
         artifact = VerifierArtifact(
             family=decoder.family,
             runtime=self.options.runtime,
@@ -141,10 +165,11 @@ class _Writer:
             num_heads=decoder.attention.num_heads,
             num_kv_heads=decoder.attention.num_kv_heads,
             head_dim=decoder.attention.head_dim,
+            layer_caches=decoder.cache_shapes,
             max_context=self.max_context,
             target_layer_ids=self.taps,
             embedding=embedding,
-            head=embedding if decoder.tied_embedding else self._head(locations),
+            head=head,
             eos_token_ids=tuple(tokenizer.eos_token_ids),
             bos_token_id=tokenizer.bos_token_id,
             add_bos=tokenizer.add_bos,
@@ -156,11 +181,19 @@ class _Writer:
             tool_versions=tool_versions(),
             files=file_sizes(self.work),
             digests=file_digests(self.work),
+            engine=engine,
         )
         save_artifact(artifact, self.work)
-        self.progress("check the written graph", 0.0)
-        check_verifier(self.work)
+        if self.options.check and engine is None:
+            self.progress("check the written graph", 0.0)
+            check_verifier(self.work)
         return artifact
+
+    def _graph(self, plan: Int8Plan | None) -> ir.Model:
+        decoder, weights, dtype = self.decoder, self.weights, self.options.dtype
+        if isinstance(decoder, DeepSeekV4):
+            return DeepSeekV4Graph(decoder, weights, self.taps, self.max_context, dtype).build()
+        return VerifierGraph(decoder, weights, self.taps, self.max_context, "float32" if plan else dtype, plan).build()
 
     def _head(self, locations: Mapping[str, TensorLocation]) -> TensorLocation:
         """The LM head that a drafter shares. An int8 graph has it in another form, so that it is stored once more."""
@@ -174,12 +207,19 @@ class _Writer:
         return TensorLocation(HEAD_FILE, 0, head.shape, "bfloat16")
 
 
+def _check_deepseek(options: VerifierExport) -> None:
+    if options.runtime == TENSORRT or options.dtype not in STORED:
+        raise ExportError(
+            f"model_type deepseek_v4: expected --runtime onnxruntime and --dtype {', '.join(STORED)}, got "
+            f"{options.runtime} and {options.dtype}; no other graph of it is built"
+        )
+
+
 def _taps(decoder: Decoder, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
     if wanted is None:
         return decoder.default_taps()
-    # The last layer's output has no later layer that a drafter could learn from (DESIGN: never the last layer).
-    if not wanted or any(not 0 <= layer < decoder.num_layers - 1 for layer in wanted):
-        raise ExportError(f"--target-layer-ids: expected layers from 0 to {decoder.num_layers - 2}, got {list(wanted)}")
+    if not wanted or any(not 0 <= layer <= decoder.last_tap for layer in wanted):
+        raise ExportError(f"--target-layer-ids: expected layers from 0 to {decoder.last_tap}, got {list(wanted)}")
     if list(wanted) != sorted(set(wanted)):
         raise ExportError(f"--target-layer-ids: expected ascending layers without repeats, got {list(wanted)}")
     return wanted

@@ -72,7 +72,7 @@ def test_outputs_keep_their_memory(stage):
 
 
 def test_a_freed_cache_is_not_kept():
-    cache = SlotArrays(2, 1, 4)
+    cache = SlotArrays([(1, 4)] * 2)
     cache.allocate(4, 8, ())
     first = cache.window([1, 3])
     assert cache.window([3, 1]) is first and (first.first, first.count) == (1, 3)

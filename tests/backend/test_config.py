@@ -33,6 +33,9 @@ KEYS = {
     "prefix_reuse": ("False", False, ["no", "0", ""]),
     "max_prompt_bytes": ("1000", 1000, ["-1", "x"]),
     "threads": ("2", 2, ["-1", "1025", "x"]),
+    "provider": ("cuda", "cuda", ["gpu", "CUDA"]),
+    "device": ("1", 1, ["-1", "x"]),
+    "engine_cache": ("engines", Path("/models/dspark/1/engines"), [""]),
     "metrics_interval_ms": ("100", 100, ["9", "x"]),
 }
 

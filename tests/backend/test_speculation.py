@@ -33,7 +33,8 @@ def speculating(golden_artifacts, golden_drafters):
 
 def golden_request(name, max_tokens=60, **options):
     golden = artifacts.golden_arrays(name)
-    return ids(*golden["prompt"].tolist(), max_tokens=max_tokens, **options), golden
+    # A golden text goes on after an end-of-sequence token.
+    return ids(*golden["prompt"].tolist(), max_tokens=max_tokens, ignore_eos=True, **options), golden
 
 
 @pytest.mark.parametrize("name", artifacts.GOLDEN_NAMES)
@@ -64,7 +65,9 @@ def test_greedy_text_is_the_same_under_every_policy(speculating, name, policy):
 def test_sixteen_at_once_mixed_with_sampled_ones(speculating, golden_artifacts, name, policy):
     greedy = [ids(*prompt(index, 5 + 11 * index), max_tokens=8 + 2 * index) for index in range(8)]
     sampled = [
-        ids(*prompt(50 + index, 9), max_tokens=20, temperature=0.5 + 0.2 * index, top_p=0.9, seed=index)
+        ids(
+            *prompt(50 + index, 9), max_tokens=20, temperature=0.5 + 0.2 * index, top_p=0.9, seed=index, ignore_eos=True
+        )
         for index in range(8)
     ]
     expected = [sink.tokens() for sink in Driver(golden_artifacts[name]).run(*greedy)]

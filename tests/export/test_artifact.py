@@ -101,6 +101,20 @@ def test_incomplete_tensor_location(artifact):
     refused(artifact, "a tensor's location is incomplete")
 
 
+def test_without_layer_caches_all_layers_are_alike(artifact):
+    """As artifacts of before there were others say it."""
+    expected = load_verifier_artifact(artifact)
+    change(artifact, layer_caches=...)
+    found = load_verifier_artifact(artifact)
+    assert found.cache_shapes == expected.cache_shapes == ((found.num_kv_heads, found.head_dim),) * found.num_layers
+
+
+@pytest.mark.parametrize("caches", [[[1, 16]], [[1, 16, 2]] * 5, [[0, 16]] * 5, [["one", 16]] * 5, [[]] * 5, [16] * 5])
+def test_damaged_layer_caches(artifact, caches):
+    change(artifact, layer_caches=caches)
+    refused(artifact, "export the model again")
+
+
 def test_other_runtime(artifact):
     change(artifact, runtime="tensorrt")
     refused(artifact, "expected an artifact for onnxruntime, got one for tensorrt")

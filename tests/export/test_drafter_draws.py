@@ -16,7 +16,7 @@ from dspark_backend.stages.batch import RowMove
 from dspark_backend.stages.draft_batch import ContextRows, DraftBatch
 from dspark_backend.stages.onnxruntime_drafter import OnnxRuntimeDrafter
 
-NAMES = ("qwen3_vanilla", "qwen3_gated", "qwen3_rnn")
+NAMES = ("qwen3_vanilla", "qwen3_gated", "qwen3_rnn", "gemma4_vanilla")
 
 
 @pytest.fixture(scope="module")

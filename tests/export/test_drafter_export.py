@@ -181,7 +181,11 @@ def test_without_a_confidence_head_every_draft_is_certain(golden_artifacts, tmp_
         ({"target_layer_ids": [0, 3]}, {}, r"the drafter has target_layer_ids \[0, 3\], the verifier \[1, 3\]; .*0,3"),
         ({"vocab_size": 321}, {}, "the drafter has vocab_size 321, the verifier 320"),
         ({"hidden_size": 32}, {}, "the drafter has hidden_size 32, the verifier 64"),
-        ({"architectures": ["Gemma9DSparkModel"]}, {}, "Qwen3DSparkModel, LlamaDSparkModel, got 'Gemma9DSparkModel'"),
+        (
+            {"architectures": ["Gemma9DSparkModel"]},
+            {},
+            "Qwen3DSparkModel, LlamaDSparkModel, Gemma4DSparkModel, got 'Gemma9DSparkModel'",
+        ),
         ({"architectures": None}, {}, "got None"),
         ({"markov_head_type": "lstm"}, {}, "expected vanilla, gated or rnn, got 'lstm'"),
         ({"markov_head_type": "rnn"}, {}, r"markov_head\.joint_proj\.weight"),

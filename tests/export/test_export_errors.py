@@ -52,7 +52,11 @@ def fails(model: Path | str, out: Path, message: str, **options) -> None:
 class TestConfig:
     def test_unknown_family(self, model, out):
         change_config(model, model_type="rwkv")
-        fails(model, out, "model_type: expected one of llama, qwen3, got 'rwkv'; this architecture is not supported")
+        fails(
+            model,
+            out,
+            "model_type: expected one of gemma3, .*, llama, qwen3, got 'rwkv'; this architecture is not supported",
+        )
 
     @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"])
     def test_missing_key(self, model, out, key):

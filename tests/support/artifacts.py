@@ -23,7 +23,7 @@ import repository as quickstart_repository  # noqa: E402
 from locks import exclusive  # noqa: E402
 
 GOLDEN = CHECKOUT / "tests" / "golden"
-GOLDEN_NAMES = ("qwen3_vanilla", "qwen3_gated", "qwen3_rnn")
+GOLDEN_NAMES = ("qwen3_vanilla", "qwen3_gated", "qwen3_rnn", "gemma4_vanilla")
 
 
 def silent(stage: str, done: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.batch import FloatArray
+from dspark_backend.stages.engine_info import EngineInfo
 
 FORMAT_VERSION = 4
 STAGE_FILE = "stage.json"
@@ -81,17 +82,27 @@ class VerifierArtifact:
     """Every other file of the artifact with its size in bytes."""
     digests: dict[str, str]
     """SHA-256 of each of them, 64 hex digits."""
+    layer_caches: tuple[tuple[int, int], ...] = ()
+    """(key/value heads, channels a head) of every layer; empty where all have num_kv_heads and head_dim."""
+    engine: EngineInfo | None = None
+    """For runtime tensorrt: its engines."""
     kind: str = "verifier"
     format_version: int = FORMAT_VERSION
 
     @property
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(key/value heads, channels a head) of every layer's cache."""
+        return self.layer_caches or ((self.num_kv_heads, self.head_dim),) * self.num_layers
+
+    @property
     def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
+        """Query heads that share a key/value head, in the layer where they are fewest."""
+        return self.num_heads // max(kv_heads for kv_heads, _ in self.cache_shapes)
 
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of float32 keys and values of one position over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 4
+        return _bytes_per_token(self.cache_shapes)
 
 
 @dataclass(frozen=True)
@@ -125,13 +136,24 @@ class DrafterArtifact:
     tool_versions: dict[str, str]
     files: dict[str, int]
     digests: dict[str, str]
+    engine: EngineInfo | None = None
+    """For runtime tensorrt: its engines."""
     kind: str = "drafter"
     format_version: int = FORMAT_VERSION
 
     @property
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(key/value heads, channels a head) of every layer's cache."""
+        return ((self.num_kv_heads, self.head_dim),) * self.num_layers
+
+    @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of float32 keys and values of one position over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 4
+        return _bytes_per_token(self.cache_shapes)
+
+
+def _bytes_per_token(cache_shapes: Sequence[tuple[int, int]]) -> int:
+    return sum(2 * kv_heads * head_dim * 4 for kv_heads, head_dim in cache_shapes)
 
 
 Artifact = TypeVar("Artifact", VerifierArtifact, DrafterArtifact)
@@ -153,10 +175,10 @@ def load_verifier_artifact(directory: Path, check_contents: bool = True) -> Veri
     return _load(directory, VerifierArtifact, hint, check_contents)
 
 
-def load_drafter_artifact(directory: Path) -> DrafterArtifact:
+def load_drafter_artifact(directory: Path, check_contents: bool = True) -> DrafterArtifact:
     """Read and check the artifact in a directory. Raises ArtifactError as for a verifier."""
     hint = f"export it again: dspark-export drafter --checkpoint PATH --verifier DIR --out {directory}"
-    return _load(directory, DrafterArtifact, hint, True)
+    return _load(directory, DrafterArtifact, hint, check_contents)
 
 
 def mismatch(
@@ -219,18 +241,26 @@ def _load(directory: Path, kind: type[Artifact], hint: str, check_contents: bool
         raise ArtifactError(
             f"{path}: expected format_version {FORMAT_VERSION}, got {raw.get('format_version')!r}; {hint}"
         )
-    names = {field.name for field in fields(kind)}
-    if missing := names - raw.keys():
+    present = [field for field in fields(kind) if field.name in raw]
+    names = {field.name for field in present}
+    if missing := {field.name for field in fields(kind) if field.default is MISSING} - names:
         raise ArtifactError(f"{path}: expected the keys {', '.join(sorted(missing))}, which are missing; {hint}")
-    for field in fields(kind):
+    for field in present:
         wanted = _JSON_TYPES.get(str(field.type).split("[")[0], object)
         # bool is an int to Python, but no size.
         if not isinstance(raw[field.name], wanted) or (wanted is int and isinstance(raw[field.name], bool)):
             raise ArtifactError(f"{path}: {field.name}: expected {wanted.__name__}, got {raw[field.name]!r}; {hint}")
     try:
         artifact = kind(**{key: _value(key, raw[key]) for key in names})
+    except ValueError as error:
+        raise ArtifactError(
+            f"{path}: layer_caches or engine: expected integers where there are others ({error}); {hint}"
+        ) from error
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: a tensor's location is incomplete ({error!r}); {hint}") from error
+    shapes = artifact.cache_shapes
+    if len(shapes) != artifact.num_layers or any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
+        raise ArtifactError(f"{path}: layer_caches: expected two sizes for each layer, got {shapes}; {hint}")
     _check_files(directory, artifact, hint, check_contents)
     return artifact
 
@@ -258,8 +288,12 @@ def _check_files(
 
 
 def _value(key: str, raw: Any) -> Any:
+    if key == "layer_caches":
+        return tuple((int(kv_heads), int(head_dim)) for kv_heads, head_dim in raw)
     if isinstance(raw, list):
         return tuple(raw)
+    if key == "engine":
+        return None if raw is None else EngineInfo.of(raw)
     if key in ("embedding", "head"):
         return TensorLocation(raw["file"], raw["offset"], tuple(raw["shape"]), raw["dtype"])
     return raw

@@ -10,8 +10,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from dspark_backend.stages.rows import FloatArray as FloatArray
+from dspark_backend.stages.rows import Rows
+
 IntArray = NDArray[np.int64]
-FloatArray = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -111,15 +113,15 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Results of a step. The arrays are views of buffers that the next step overwrites."""
+    """Results of a step. All are views of buffers that the next step overwrites."""
 
-    logits: FloatArray
-    """[N, V], float32, as the model gives them."""
+    logits: Rows
+    """[N, V], float32, as the model gives them. On a device they stay there until somebody reads a row."""
     argmax: IntArray
     """[N]: the first index of the largest logit of each row."""
     top_logit: FloatArray
     """[N]: that logit; NaN where any logit of the row is."""
-    features: FloatArray
+    features: Rows
     """[B, taps * H]: residual stream after each tapped layer, concatenated in tap order."""
 
 

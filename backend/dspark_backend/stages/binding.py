@@ -13,7 +13,11 @@ from numpy.typing import DTypeLike, NDArray
 
 from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.batch import FloatArray
+from dspark_backend.stages.cuda.device import Device
 from dspark_backend.stages.processor import int8_saturates
+from dspark_backend.stages.providers import check_available, check_started, session_providers
+from dspark_backend.stages.rows import Rows
+from dspark_backend.stages.settings import StageSettings
 from dspark_backend.stages.slot_arrays import SlotWindow
 
 
@@ -36,20 +40,35 @@ def session_options(threads: int) -> ort.SessionOptions:
     return options
 
 
-def open_session(path: Path, threads: int, shared: dict[str, FloatArray] | None = None) -> ort.InferenceSession:
-    """A CPU session of a graph; ``shared`` provides initializers that the file only names.
+def open_session(
+    path: Path,
+    threads: int,
+    shared: dict[str, FloatArray] | None = None,
+    settings: StageSettings | None = None,
+    device: Device | None = None,
+) -> ort.InferenceSession:
+    """A session of a graph, on the CPU unless ``settings`` name another provider.
+
+    ``shared`` provides initializers that the file only names; ``device`` is the one whose stream the session uses.
 
     Raises:
         ArtifactError: ONNX Runtime refuses the graph.
+        ConfigError: the provider is not installed, or did not start.
     """
+    settings = settings or StageSettings(threads)
+    if settings.on_device:
+        check_available(settings.provider)
     options = session_options(threads)
     if shared:
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
         options.add_external_initializers(list(shared), values)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=session_providers(settings, device))
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         raise ArtifactError(f"{path}: ONNX Runtime cannot load the graph: {error}") from error
+    if settings.on_device:
+        check_started(settings.provider, session.get_providers())
+    return session
 
 
 class BoundArrays:
@@ -75,6 +94,15 @@ class BoundArrays:
         self._bind(name, "cpu", 0, view.dtype, shape, view.ctypes.data)
         self._views[name] = view
         return view
+
+    def bind_again(self) -> None:
+        """Bind all arrays anew, for a session that reads them when they are bound."""
+        for name, view in self._views.items():
+            self._bind(name, "cpu", 0, view.dtype, view.shape, view.ctypes.data)
+
+    def forget(self, name: str) -> None:
+        """Something else is bound under this name."""
+        self._views.pop(name, None)
 
     def clear(self) -> None:
         """What was bound is bound no more."""
@@ -111,6 +139,15 @@ class CpuBinding:
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(f"{name}_out", value)
         self._window = window
+
+    def input_rows(self, name: str, rows: Rows) -> None:
+        """Give a graph input these rows."""
+        array = np.asarray(rows)
+        self.input(name, array.shape, np.float32)[:] = array
+
+    def output_rows(self, name: str, shape: tuple[int, int]) -> Rows:
+        """The rows of a graph output."""
+        return self.output(name, shape)
 
     def run(self) -> None:
         self._session.run_with_iobinding(self._binding)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from dspark_backend.request import SamplingParams
 from dspark_backend.stages.batch import FloatArray, IntArray
+from dspark_backend.stages.rows import Rows
 
 
 @dataclass(frozen=True)
 class ContextRows:
     """M newly committed positions whose target features become drafter context."""
 
-    features: FloatArray
+    features: Rows
     """[M, F]"""
     positions: IntArray
     """[M]"""
@@ -70,6 +71,12 @@ class DraftBatch:
     """[R]"""
     min_p: FloatArray
     """[R]"""
+
+    def without_context(self) -> DraftBatch:
+        """The same where the context is in the cache already."""
+        none = slice(0, 0)
+        context = self.context
+        return replace(self, context=ContextRows(context.features[none], context.positions[none], context.slots[none]))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The drafter on ONNX Runtime, CPU provider. Embedding and LM head are the verifier's, mapped from its artifact."""
+"""The drafter on ONNX Runtime. Embedding and LM head are the verifier's, mapped from its artifact."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from dspark_backend.stages.artifact import DrafterArtifact, check_pair, load_dra
 from dspark_backend.stages.batch import RowMove
 from dspark_backend.stages.binding import CpuBinding, open_session
 from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput
+from dspark_backend.stages.placement import Placement
+from dspark_backend.stages.settings import StageSettings
 from dspark_backend.stages.shared_weights import shared_weights
-from dspark_backend.stages.slot_arrays import SlotArrays, SlotWindow
+from dspark_backend.stages.slot_arrays import SlotWindow
 
 DRAFT_FILE = "draft.onnx"
 CONTEXT_FILE = "context.onnx"
@@ -24,20 +26,35 @@ class OnnxRuntimeDrafter:
     Raises:
         ArtifactError: an artifact is missing or corrupt, the drafter is of another verifier, or ONNX Runtime refuses a
             graph.
+        ConfigError: the provider or the device is not there.
     """
 
-    def __init__(self, directory: Path, verifier_directory: Path, threads: int = 0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        verifier_directory: Path,
+        threads: int = 0,
+        settings: StageSettings | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        settings = settings or StageSettings(threads)
         self._artifact = load_drafter_artifact(directory)
         # The verifier's own stage, loaded before or beside this one, reads its files whole.
         verifier = load_verifier_artifact(verifier_directory, check_contents=False)
         check_pair(self._artifact, verifier)
         # Kept for the sessions, which point to them.
         self._shared = shared_weights(self._artifact, directory, verifier, verifier_directory)
-        self._draft = CpuBinding(open_session(directory / DRAFT_FILE, threads, self._shared))
-        self._context = CpuBinding(open_session(directory / CONTEXT_FILE, threads))
+        placement = placement or Placement.of(settings)
+        shared, device = self._shared, placement.device
+        self._draft = placement.binding(
+            open_session(directory / DRAFT_FILE, settings.threads, shared, settings, device)
+        )
+        self._context = placement.binding(
+            open_session(directory / CONTEXT_FILE, settings.threads, None, settings, device)
+        )
         self._place: tuple[SlotWindow, bytes] | None = None
         """Where the blocks of the last round were: mostly where those of the next one are."""
-        self._cache = SlotArrays(self._artifact.num_layers, self._artifact.num_kv_heads, self._artifact.head_dim)
+        self._cache = placement.cache(self._artifact.cache_shapes)
 
     @property
     def artifact(self) -> DrafterArtifact:
@@ -100,6 +117,6 @@ class OnnxRuntimeDrafter:
 def _fill_context(binding: CpuBinding, context: ContextRows, window: SlotWindow) -> None:
     """Inputs that both graphs have."""
     count = context.num_rows
-    binding.input("features", context.features.shape, np.float32)[:] = context.features
+    binding.input_rows("features", context.features)
     binding.input("context_positions", (count,))[:] = context.positions
     np.subtract(context.slots, window.first, out=binding.input("context_rows", (count,)))

@@ -1,4 +1,4 @@
-"""The verifier on ONNX Runtime, CPU provider: the cache lives in numpy arrays that the graph updates in place."""
+"""The verifier on ONNX Runtime: the cache lives in memory of the CPU or of a device that the graph updates in place."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import numpy as np
 from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.artifact import VerifierArtifact, load_verifier_artifact
 from dspark_backend.stages.batch import BatchLayout, RowMove, StepBatch, StepOutput
-from dspark_backend.stages.binding import CpuBinding, open_session
-from dspark_backend.stages.slot_arrays import SlotArrays, SlotWindow
+from dspark_backend.stages.binding import open_session
+from dspark_backend.stages.placement import Placement
+from dspark_backend.stages.settings import StageSettings
+from dspark_backend.stages.slot_arrays import SlotWindow
 
 MODEL_FILE = "model.onnx"
 
@@ -21,18 +23,28 @@ class OnnxRuntimeVerifier:
 
     Raises:
         ArtifactError: the artifact is missing, corrupt, for another runtime, or ONNX Runtime refuses its graph.
+        ConfigError: the provider or the device is not there.
     """
 
-    def __init__(self, directory: Path, threads: int = 0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        threads: int = 0,
+        settings: StageSettings | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        settings = settings or StageSettings(threads)
         self._artifact = load_verifier_artifact(directory)
         if self._artifact.runtime != "onnxruntime":
             raise ArtifactError(
                 f"{directory}: expected an artifact for onnxruntime, got one for {self._artifact.runtime}"
             )
-        self._binding = CpuBinding(open_session(directory / MODEL_FILE, threads))
+        placement = placement or Placement.of(settings)
+        session = open_session(directory / MODEL_FILE, settings.threads, None, settings, placement.device)
+        self._binding = placement.binding(session)
         # A batched product with a single row takes another kernel, whose sums differ in the last bit.
         self._min_columns = 2 if self._artifact.group == 1 else 1
-        self._cache = SlotArrays(self._artifact.num_layers, self._artifact.num_kv_heads, self._artifact.head_dim)
+        self._cache = placement.cache(self._artifact.cache_shapes)
         self._place: tuple[BatchLayout, SlotWindow, bytes] | None = None
         """Of the step that is bound."""
         self._feature_size = len(self._artifact.target_layer_ids) * self._artifact.hidden_size
@@ -64,10 +76,10 @@ class OnnxRuntimeVerifier:
             self._fill_place(batch, window)
             self._place = place
         output = StepOutput(
-            logits=binding.output("logits", (wanted, self._artifact.vocab_size)),
+            logits=binding.output_rows("logits", (wanted, self._artifact.vocab_size)),
             argmax=binding.output("argmax", (wanted,), np.int64),
             top_logit=binding.output("top_logit", (wanted,)),
-            features=binding.output("features", (tokens, self._feature_size)),
+            features=binding.output_rows("features", (tokens, self._feature_size)),
         )
         binding.run()
         return output

@@ -31,7 +31,7 @@ def shared_weights(
     """
     head = verifier.head.read(verifier_directory)
     if drafter.draft_vocab_size != drafter.vocab_size:
-        head = np.ascontiguousarray(head[_read_d2t(drafter, directory)])
+        head = np.ascontiguousarray(head[read_d2t(drafter, directory)])
     shared: dict[str, NDArray[Any]] = {SHARED_EMBEDDING: verifier.embedding.read(verifier_directory)}
     if drafter.dtype == "int8":
         matrix = int8_matrix(np.ascontiguousarray(head.T))
@@ -39,7 +39,8 @@ def shared_weights(
     return shared | {SHARED_HEAD: head}
 
 
-def _read_d2t(drafter: DrafterArtifact, directory: Path) -> IntArray:
+def read_d2t(drafter: DrafterArtifact, directory: Path) -> IntArray:
+    """The target's tokens of a reduced draft vocabulary, int64 [Vd]. Raises ArtifactError where it is damaged."""
     table = np.load(directory / D2T_FILE)
     size = drafter.draft_vocab_size
     inside = table.shape == (size,) and table.min() >= 0 and table.max() < drafter.vocab_size

@@ -25,13 +25,14 @@ class SlotWindow:
 
 
 class SlotArrays:
-    """Keys and values of every layer, float32 [slots, Hkv, capacity, D] each, as key 0, value 0, key 1, ..."""
+    """Keys and values of every layer, float32 [slots, Hkv, capacity, D] each, as key 0, value 0, key 1, ...
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
-        self._num_kv_heads = num_kv_heads
-        self._head_dim = head_dim
+    ``shapes`` are (Hkv, D) of every layer.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
         self.arrays: list[FloatArray] = [
-            np.zeros((0, num_kv_heads, 0, head_dim), dtype=np.float32) for _ in range(2 * num_layers)
+            np.zeros((0, kv_heads, 0, head_dim), dtype=np.float32) for kv_heads, head_dim in shapes for _ in range(2)
         ]
         self._windows: dict[tuple[int, int], SlotWindow] = {}
 
@@ -48,12 +49,11 @@ class SlotArrays:
 
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         """New arrays, filled with the rows that ``moves`` names."""
-        shape = (num_slots, self._num_kv_heads, capacity, self._head_dim)
         # They hold the old arrays, which could not be freed one by one.
         self._windows.clear()
         for index, old in enumerate(self.arrays):
             # Zeros, not empty: a masked position has weight 0, and 0 times a stale NaN would be NaN.
-            fresh = np.zeros(shape, dtype=np.float32)
+            fresh = np.zeros((num_slots, old.shape[1], capacity, old.shape[3]), dtype=np.float32)
             for move in moves:
                 fresh[move.target, :, : move.length] = old[move.source, :, : move.length]
             self.arrays[index] = fresh

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dspark_export.commands.plan import show_plan
 from dspark_export.commands.progress import console, progress_bar
 from dspark_export.compare import compare_with_transformers
 from dspark_export.source import resolve_model
@@ -18,9 +19,9 @@ def verifier(
     model: Annotated[str, typer.Option(help="Hugging Face folder, .gguf file, or smollm2-135m (its package's file).")],
     out: Annotated[Path, typer.Option(help="Artifact directory, such as model_repository/verifier/1.")],
     dtype: Annotated[
-        str, typer.Option(help="Precision: int8 (products in int8), or storage float32, float16 or bfloat16.")
+        str, typer.Option(help="Precision: int8, or storage float32, float16 or bfloat16; tensorrt: also fp8 or int4.")
     ] = "float32",
-    runtime: Annotated[str, typer.Option(help="What will run it: onnxruntime.")] = "onnxruntime",
+    runtime: Annotated[str, typer.Option(help="What will run it: onnxruntime or tensorrt.")] = "onnxruntime",
     target_layer_ids: Annotated[
         str, typer.Option(help="Layers whose outputs a drafter reads, such as 1,8,14; default a spread of five.")
     ] = "",
@@ -37,13 +38,20 @@ def verifier(
     check_against_transformers: Annotated[
         bool, typer.Option("--check-against-transformers", help="Compare logits with transformers (needs torch).")
     ] = False,
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Run a text through the result; needs its size in float32.")
+    ] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would need; see plan.")] = False,
 ) -> None:
     """Export a target model."""
     begin = time.perf_counter()
     options = VerifierExport(
         model, out, dtype, runtime, _layers(target_layer_ids), max_context,
-        calibration_text, calibration_tokens, check_tokens,
+        calibration_text, calibration_tokens, check_tokens, check,
     )  # fmt: skip
+    if dry_run:
+        show_plan(model, dtype=dtype, context=max_context)
+        return
     with progress_bar("read the checkpoint") as progress:
         exported = export_verifier(options, progress)
     artifact, quality = exported.artifact, exported.quality

@@ -1,4 +1,4 @@
-"""The drafter's graphs in ONNX Runtime's dialect (DESIGN, "DSpark, in formulas").
+"""The drafter's graphs, in either dialect (DESIGN, "DSpark, in formulas").
 
 ``draft`` runs one round: context keys and values of newly committed rows, the block backbone, and the sequential head
 unrolled gamma times with its draws. ``context`` is its first part alone, for prompts that are still being read.
@@ -22,9 +22,11 @@ from dspark_backend.stages.shared_weights import SHARED_EMBEDDING, SHARED_HEAD, 
 from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.graph.blocks import Blocks, rope_tables
 from dspark_export.graph.head import SequentialHead
-from dspark_export.graph.layout import RaggedInputs, RaggedLayout, cache_index, ragged_layout
+from dspark_export.graph.layout import RaggedInputs, RaggedLayout, ragged_layout
 from dspark_export.graph.linear import FloatLinears, Int8Linears, Linears
-from dspark_export.graph.tape import GraphTape, graph_input, graph_output
+from dspark_export.graph.standard_form import StandardForm, make_dialect
+from dspark_export.graph.standard_linear import StandardLinears
+from dspark_export.graph.tape import graph_input, graph_output
 from dspark_export.quantization.plan import Int8Plan
 from dspark_export.weights import WeightSource
 
@@ -33,7 +35,7 @@ _INT, _FLOAT = ir.DataType.INT64, ir.DataType.FLOAT
 
 @dataclass(frozen=True)
 class _Context:
-    """Keys and values of the context rows of every layer: each [M, Hkv, D], and where they go: [M, Hkv, 3]."""
+    """Keys and values of the context rows of every layer: each [M, Hkv, D], and where they go."""
 
     keys: list[ir.Value]
     values: list[ir.Value]
@@ -50,35 +52,53 @@ class DrafterGraph:
         max_context: int,
         weight_dtype: str = "float32",
         plan: Int8Plan | None = None,
+        standard: StandardForm | None = None,
     ) -> None:
-        """With a ``plan`` the products are int8, the LM head included, and the rest is float32."""
+        """With a ``plan`` the products are int8, the LM head included, and the rest is float32; ``standard`` asks for
+        the standard dialect."""
         self._spec = spec
         self._weights = weights
         self._plan = plan
-        self._tape = GraphTape(weight_dtype)
+        self._standard_index = graph_input("update_index", _INT, ("R", "W"))
+        self._dialect = make_dialect(weight_dtype, standard, self._standard_index)
+        self._tape = self._dialect.tape
+        self._standard = standard
+        requests, slots = ("R", "S") if standard is None else ("D", "R")
+        self._requests, self._slots = requests, slots
         attention = spec.decoder.attention
-        self._cache_shape = ("S", attention.num_kv_heads, "C", attention.head_dim)
-        self._rotation = rope_tables(self._tape, attention, max_context)
+        self._cache_shape = (slots, attention.num_kv_heads, self._dialect.cache_length, attention.head_dim)
+        self._rotation = rope_tables(self._tape, attention.rope, max_context)
         self._features = graph_input("features", _FLOAT, ("M", spec.feature_size))
         self._context_positions = graph_input("context_positions", _INT, ("M",))
         self._context_rows = graph_input("context_rows", _INT, ("M",))
         self._caches = [
-            graph_input(f"{kind}_cache_{layer}", _FLOAT, self._cache_shape)
+            graph_input(f"{kind}_cache_{layer}", self._tape.compute, self._cache_shape)
             for layer in range(spec.decoder.num_layers)
             for kind in ("key", "value")
         ]
 
     def _linears(self, rows: ir.Value) -> Linears:
+        if self._standard is not None:
+            return self._standard.linears(self._dialect, self._weights)
         if self._plan is not None:
             return Int8Linears(self._tape, self._weights, self._plan, rows)
         return FloatLinears(self._tape, self._weights)
 
+    def _small_linears(self) -> Linears:
+        """Of the sequential head's small products, which stay in the compute dtype."""
+        if self._standard is not None:
+            return StandardLinears(self._dialect, self._weights)
+        return FloatLinears(self._tape, self._weights)
+
     def _blocks(self, linears: Linears) -> Blocks:
-        return Blocks(self._tape, self._spec.decoder, self._weights, linears)
+        return Blocks(self._dialect, self._spec.decoder, self._weights, linears)
 
     @property
     def _context_inputs(self) -> list[ir.Value]:
-        return [self._features, self._context_positions, self._context_rows]
+        given = [self._features, self._context_positions]
+        if self._standard is not None:
+            return [*given, self._standard_index]
+        return [*given, self._context_rows]
 
     def build_context(self) -> ir.Model:
         """features -> caches."""
@@ -87,31 +107,35 @@ class DrafterGraph:
         for layer in range(self._spec.decoder.num_layers):
             written += self._write(layer, context.index, context.keys[layer], context.values[layer])
         return self._tape.model(
-            "drafter_context", [*self._context_inputs, *self._caches], written, {"dspark.stage": "drafter"}
+            "drafter_context",
+            [*self._context_inputs, *self._dialect.inputs, *self._caches],
+            written,
+            {"dspark.stage": "drafter"},
         )
 
     def build_draft(self, expose_intermediates: bool = False) -> ir.Model:
         """One round. ``expose_intermediates`` adds hidden [R, g, H], base_logits and draft_logits [R, g, Vd]."""
         spec, tape = self._spec, self._tape
         decoder, block = spec.decoder, spec.block_size
-        anchors = graph_input("anchors", _INT, ("R",))
-        block_rows = graph_input("block_rows", _INT, ("R",))
-        starts = graph_input("starts", _INT, ("R",))
-        query_index = graph_input("query_index", _INT, ("S", block))
+        requests, slots = self._requests, self._slots
+        anchors = graph_input("anchors", _INT, (requests,))
+        block_rows = graph_input("block_rows", _INT, (requests,))
+        starts = graph_input("starts", _INT, (requests,))
+        query_index = graph_input("query_index", _INT, (slots, block))
 
         context = self._context()
         layout = self._block_layout(block_rows, starts, query_index)
         linears = self._linears(layout.position_ids)
         blocks = self._blocks(linears)
-        index = tape.op("Concat", context.index, layout.cache_index, axis=0)
-        embedding = tape.shared(SHARED_EMBEDDING, (decoder.vocab_size, decoder.hidden_size))
+        index = self._dialect.join(context.index, layout.placement)
+        embedding = self._dialect.shared(SHARED_EMBEDDING, (decoder.vocab_size, decoder.hidden_size))
         masks = tape.op(
             "Expand",
             tape.constant([[spec.mask_token_id] * (block - 1)]),
             tape.op("Concat", tape.op("Shape", anchors), tape.constant([1]), axis=0),
         )
         tokens = tape.op("Concat", tape.op("Unsqueeze", anchors, tape.constant([1])), masks, axis=1)
-        residual = tape.op("Gather", embedding, tape.reshape(tokens, (-1,)), axis=0)  # [R*g, H]
+        residual = blocks.embed(embedding, tape.reshape(tokens, (-1,)))  # [R*g, H]
         normed = blocks.norm(residual, "layers.0.input_layernorm.weight")
         written = []
         for layer in range(decoder.num_layers):
@@ -124,30 +148,32 @@ class DrafterGraph:
                 tape.op("Concat", context.values[layer], value, axis=0),
             )
             written += [keys, values]
-            mixed = blocks.output(prefix, blocks.attend(query, keys, values, layout))
-            normed, residual = blocks.add_and_norm(mixed, residual, f"{prefix}.post_attention_layernorm.weight")
+            attended = blocks.attend(decoder.attention, query, keys, values, layout)
+            mixed = blocks.output(prefix, decoder.attention, attended)
+            normed, residual = blocks.after_attention(prefix, mixed, residual)
             last = layer == decoder.num_layers - 1
             following = "norm.weight" if last else f"layers.{layer + 1}.input_layernorm.weight"
-            normed, residual = blocks.add_and_norm(blocks.mlp(prefix, normed), residual, following)
+            normed, residual = blocks.after_mlp(prefix, blocks.mlp(prefix, normed), residual, following)
 
-        base = tape.reshape(self._base_logits(normed, linears), (-1, block, spec.draft_vocab_size))
+        base = tape.reshape(blocks.cap(self._base_logits(normed, linears)), (-1, block, spec.draft_vocab_size))
         hidden = tape.reshape(normed, (-1, block, decoder.hidden_size))
-        head = SequentialHead(spec, self._blocks(FloatLinears(tape, self._weights)), self._linears(anchors))
+        head = SequentialHead(spec, self._blocks(self._small_linears()), self._linears(anchors), requests)
         drawn = head.build(anchors, hidden, base)
         outputs = [
-            graph_output(drawn.tokens, "tokens", _INT, ("R", block)),
-            graph_output(drawn.candidates, "candidates", _INT, ("R", block, head.num_candidates)),
-            graph_output(drawn.probabilities, "probabilities", _FLOAT, ("R", block, head.num_candidates)),
-            graph_output(drawn.confidence, "confidence_logits", _FLOAT, ("R", block)),
+            graph_output(drawn.tokens, "tokens", _INT, (requests, block)),
+            graph_output(drawn.candidates, "candidates", _INT, (requests, block, head.num_candidates)),
+            graph_output(drawn.probabilities, "probabilities", _FLOAT, (requests, block, head.num_candidates)),
+            graph_output(drawn.confidence, "confidence_logits", _FLOAT, (requests, block)),
         ]
         if expose_intermediates:
             outputs += [
-                graph_output(hidden, "hidden", _FLOAT, ("R", block, decoder.hidden_size)),
-                graph_output(base, "base_logits", _FLOAT, ("R", block, spec.draft_vocab_size)),
-                graph_output(drawn.logits, "draft_logits", _FLOAT, ("R", block, spec.draft_vocab_size)),
+                graph_output(tape.to_float(hidden), "hidden", _FLOAT, (requests, block, decoder.hidden_size)),
+                graph_output(tape.to_float(base), "base_logits", _FLOAT, (requests, block, spec.draft_vocab_size)),
+                graph_output(drawn.logits, "draft_logits", _FLOAT, (requests, block, spec.draft_vocab_size)),
             ]
         inputs = [
-            *self._context_inputs, anchors, block_rows, starts, query_index, *head.inputs, *self._caches
+            *self._context_inputs, anchors, block_rows, starts, query_index, *head.inputs, *self._dialect.inputs,
+            *self._caches,
         ]  # fmt: skip
         return tape.model("drafter", inputs, [*outputs, *written], {"dspark.stage": "drafter"})
 
@@ -157,7 +183,7 @@ class DrafterGraph:
         if isinstance(linears, Int8Linears):
             weight = tape.shared(SHARED_HEAD, (hidden, vocab), ir.DataType.INT8)
             return linears.shared_head(normed, weight, tape.shared(SHARED_HEAD_SCALES, (vocab,)))
-        logits: ir.Value = tape.op("Gemm", normed, tape.shared(SHARED_HEAD, (vocab, hidden)), transB=1)
+        logits: ir.Value = tape.op("Gemm", normed, self._dialect.shared(SHARED_HEAD, (vocab, hidden)), transB=1)
         return logits
 
     def _context(self) -> _Context:
@@ -166,20 +192,24 @@ class DrafterGraph:
         blocks = self._blocks(self._linears(self._context_positions))
         decoder, attention = spec.decoder, spec.decoder.attention
         layers, kv_heads, dim = decoder.num_layers, attention.num_kv_heads, attention.head_dim
-        projected = blocks.linears.apply(self._features, ("fc",), spec.feature_size, bias=False)
+        projected = blocks.linears.apply(tape.to_compute(self._features), ("fc",), spec.feature_size, bias=False)
         context = blocks.norm(projected, "hidden_norm.weight")
-        names = [f"layers.{layer}.self_attn.{kind}_proj" for kind in ("k", "v") for layer in range(layers)]
-        both = blocks.linears.apply(context, tuple(names), decoder.hidden_size, attention.qkv_bias)
-        key, value = tape.op("Split", both, outputs=2, axis=1, num_outputs=2)
+        kinds = ("k",) if attention.keys_are_values else ("k", "v")
+        names = [f"layers.{layer}.self_attn.{kind}_proj" for kind in kinds for layer in range(layers)]
+        key = value = blocks.linears.apply(context, tuple(names), decoder.hidden_size, attention.qkv_bias)
+        if not attention.keys_are_values:
+            key, value = tape.op("Split", key, outputs=2, axis=1, num_outputs=2)
         if attention.qk_norm:
             norms = tuple(f"layers.{layer}.self_attn.k_norm.weight" for layer in range(layers))
-            key = blocks.head_norm(key, norms, (kv_heads,) * layers)
+            key = blocks.head_norm(key, dim, norms, (kv_heads,) * layers)
+        if attention.value_norm:
+            value = blocks.value_norm(value, layers * kv_heads, dim)
         positions = tape.op("Unsqueeze", self._context_positions, tape.constant([1]))
-        key = blocks.rotate(key, layers * kv_heads, positions, self._rotation)
+        key = blocks.rotate(key, layers * kv_heads * dim, positions, self._rotation)
         return _Context(
             keys=self._by_layer(tape.reshape(key, (-1, layers * kv_heads, dim))),
             values=self._by_layer(tape.reshape(value, (-1, layers * kv_heads, dim))),
-            index=cache_index(tape, self._context_rows, self._context_positions, kv_heads),
+            index=self._dialect.placement(self._context_rows, self._context_positions, kv_heads),
         )
 
     def _by_layer(self, rows: ir.Value) -> list[ir.Value]:
@@ -192,8 +222,8 @@ class DrafterGraph:
         """Scatter rows into a layer's two caches."""
         written = []
         for offset, (kind, rows) in enumerate((("key", key), ("value", value))):
-            cache = self._tape.op("ScatterND", self._caches[2 * layer + offset], index, rows)
-            written.append(graph_output(cache, f"{kind}_cache_{layer}_out", _FLOAT, self._cache_shape))
+            cache = self._dialect.write(self._caches[2 * layer + offset], index, rows)
+            written.append(graph_output(cache, f"{kind}_cache_{layer}_out", self._tape.compute, self._cache_shape))
         return written[0], written[1]
 
     def _block_layout(self, block_rows: ir.Value, starts: ir.Value, query_index: ir.Value) -> RaggedLayout:
@@ -213,15 +243,15 @@ class DrafterGraph:
             query_index=query_index,
             horizon=tape.op("Reshape", ends, flat),
         )
-        return ragged_layout(tape, inputs, self._spec.decoder.attention, self._caches[0])
+        return ragged_layout(self._dialect, inputs, self._spec.decoder.attention, self._caches[0])
 
     def _project(
         self, blocks: Blocks, prefix: str, normed: ir.Value, layout: RaggedLayout
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Queries [S, Hkv, G*g, D], keys and values [R*g, Hkv, D] of the block rows."""
         tape, attention = self._tape, self._spec.decoder.attention
-        joined, value = blocks.query_key_value(prefix, normed)
-        width = attention.num_heads + attention.num_kv_heads
+        joined, value = blocks.query_key_value(prefix, attention, normed)
+        width = (attention.num_heads + attention.num_kv_heads) * attention.head_dim
         rotated = blocks.rotate(joined, width, layout.position_ids, self._rotation)
         head_rows = tape.reshape(rotated, (-1, attention.head_dim))
         return (

@@ -36,18 +36,19 @@ class Drawn:
 class SequentialHead:
     """Builds the head on the blocks' tape."""
 
-    def __init__(self, spec: DrafterSpec, blocks: Blocks, vocabulary: Linears) -> None:
-        """``vocabulary`` builds the one large product, W2; what is small stays in float32."""
+    def __init__(self, spec: DrafterSpec, blocks: Blocks, vocabulary: Linears, requests: str = "R") -> None:
+        """``vocabulary`` builds the one large product, W2; what is small stays in the compute dtype.
+        ``requests`` names their dimension."""
         self._spec = spec
         self._blocks = blocks
         self._vocabulary = vocabulary
         self._tape = blocks.tape
         self.num_candidates = min(MAX_CANDIDATES, spec.draft_vocab_size)
-        self._uniforms = graph_input("uniforms", ir.DataType.FLOAT, ("R", spec.block_size))
-        self._temperature = graph_input("temperature", ir.DataType.FLOAT, ("R",))
-        self._top_k = graph_input("top_k", ir.DataType.INT64, ("R",))
-        self._top_p = graph_input("top_p", ir.DataType.FLOAT, ("R",))
-        self._min_p = graph_input("min_p", ir.DataType.FLOAT, ("R",))
+        self._uniforms = graph_input("uniforms", ir.DataType.FLOAT, (requests, spec.block_size))
+        self._temperature = graph_input("temperature", ir.DataType.FLOAT, (requests,))
+        self._top_k = graph_input("top_k", ir.DataType.INT64, (requests,))
+        self._top_p = graph_input("top_p", ir.DataType.FLOAT, (requests,))
+        self._min_p = graph_input("min_p", ir.DataType.FLOAT, (requests,))
 
     @property
     def inputs(self) -> list[ir.Value]:
@@ -72,7 +73,7 @@ class SequentialHead:
             confidence = self._confidence(h, e)
             mixed, state = self._mix(h, e, state)
             bias = self._vocabulary.apply(mixed, ("markov_head.markov_w2",), rank, bias=False)
-            logits = tape.op("Add", u, bias)
+            logits = tape.to_float(tape.op("Add", u, bias))
             previous, candidates, probabilities = self._draw(logits, slot, to_target)
             steps.append((previous, candidates, probabilities, confidence, logits))
         stacked = [
@@ -87,7 +88,7 @@ class SequentialHead:
         shape = self._tape.op(
             "Concat", self._tape.op("Shape", anchors), self._tape.constant([self._spec.markov_rank]), axis=0
         )
-        state: ir.Value = self._tape.op("Expand", self._tape.constant(0.0, np.float32), shape)
+        state: ir.Value = self._tape.op("Expand", self._tape.number(0.0), shape)
         return state
 
     def _mix(self, h: ir.Value, e: ir.Value, state: ir.Value | None) -> tuple[ir.Value, ir.Value | None]:
@@ -107,7 +108,7 @@ class SequentialHead:
         gate, candidate, output = tape.op("Split", projected, outputs=3, axis=1, num_outputs=3)
         gate = tape.op("Sigmoid", gate)
         kept = tape.op("Mul", gate, state)
-        fresh = tape.op("Mul", tape.op("Sub", tape.constant(1.0, np.float32), gate), tape.op("Tanh", candidate))
+        fresh = tape.op("Mul", tape.op("Sub", tape.number(1.0), gate), tape.op("Tanh", candidate))
         return tape.op("Tanh", output), tape.op("Add", kept, fresh)
 
     def _confidence(self, h: ir.Value, e: ir.Value) -> ir.Value:
@@ -120,7 +121,7 @@ class SequentialHead:
         seen = tape.op("Concat", h, e, axis=1) if spec.confidence_with_markov else h
         width = spec.decoder.hidden_size + (spec.markov_rank if spec.confidence_with_markov else 0)
         logit = self._blocks.linears.apply(seen, ("confidence_head.proj",), width, bias=True)
-        flat: ir.Value = tape.op("Squeeze", logit, tape.constant([1]))
+        flat: ir.Value = tape.op("Squeeze", tape.to_float(logit), tape.constant([1]))
         return flat
 
     def _draw(

@@ -12,9 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dspark_export.decoder import Attention
-from dspark_export.graph.tape import GraphTape
-
-_MASKED = np.finfo(np.float32).min
+from dspark_export.graph.dialect import Dialect
 
 
 @dataclass(frozen=True)
@@ -43,26 +41,20 @@ class RaggedLayout:
     """[R, Hkv, G*Q]: row of ``qk`` viewed as [B * (Hq + Hkv), D] for every query."""
     key_rows: ir.Value
     """[B, Hkv]: row of the same view for every new key."""
-    cache_index: ir.Value
-    """[B, Hkv, 3]: where new keys and values go in a cache [R, Hkv, C, D]."""
+    placement: ir.Value
+    """Where new keys and values go in a cache, as the dialect writes them."""
     output_rows: ir.Value
     """[B, Hq]: row of the attention output viewed as [R * Hkv * G*Q, D] for every token and head."""
-    bias: ir.Value
-    """float32 [R, 1, G*Q, C]: 0 where a query may look, hugely negative where it may not."""
+    mask: ir.Value
+    """Where queries may look, as the dialect's attention takes it."""
 
 
-def cache_index(tape: GraphTape, rows: ir.Value, positions: ir.Value, kv_heads: int) -> ir.Value:
-    """int64 [B, Hkv, 3]: (row, head, position) of every token and key head, for ScatterND into [R, Hkv, C, D]."""
-    shape = tape.op("Concat", tape.op("Shape", positions), tape.constant([kv_heads, 1]), axis=0)
-    row = tape.op("Expand", tape.op("Unsqueeze", rows, tape.constant([1, 2])), shape)
-    head = tape.op("Expand", tape.constant(np.arange(kv_heads).reshape(1, kv_heads, 1)), shape)
-    position = tape.op("Expand", tape.op("Unsqueeze", positions, tape.constant([1, 2])), shape)
-    index: ir.Value = tape.op("Concat", row, head, position, axis=2)
-    return index
+def ragged_layout(dialect: Dialect, inputs: RaggedInputs, attention: Attention, cache: ir.Value) -> RaggedLayout:
+    """Build the indices of layers with this ``attention``.
 
-
-def ragged_layout(tape: GraphTape, inputs: RaggedInputs, attention: Attention, cache: ir.Value) -> RaggedLayout:
-    """Build the indices. ``cache`` is any layer's key cache [R, Hkv, C, D], read for its shape alone."""
+    ``cache`` is any such layer's key cache [R, Hkv, C, D], read for its shape alone.
+    """
+    tape = dialect.tape
     heads, kv_heads, group = attention.num_heads, attention.num_kv_heads, attention.group
     width = heads + kv_heads
     query_width = tape.op("Shape", inputs.query_index, start=1, end=2)  # [1] = Q
@@ -83,20 +75,20 @@ def ragged_layout(tape: GraphTape, inputs: RaggedInputs, attention: Attention, c
     column = tape.op("Unsqueeze", inputs.columns, tape.constant([1]))
     output_rows = tape.op("Add", tape.op("Mul", row_heads, query_width), column)
 
-    capacity = tape.op("Squeeze", tape.op("Shape", cache, start=2, end=3))
-    key_position = tape.op("Range", tape.constant(0), capacity, tape.constant(1))  # [C]
+    key_position = dialect.key_positions(cache)  # [C]
     horizon = tape.op("Gather", inputs.horizon, inputs.query_index, axis=0)  # [R, Q]
     visible = tape.op("LessOrEqual", key_position, tape.op("Unsqueeze", horizon, tape.constant([2])))  # [R, Q, C]
-    bias = tape.op("Where", visible, tape.constant(0.0, np.float32), tape.constant(_MASKED, np.float32))
-    bias = tape.op("Unsqueeze", bias, tape.constant([1]))  # [R, 1, Q, C]
-    if group > 1:
-        bias = tape.op("Concat", *[bias] * group, axis=2)
+    if attention.window is not None:
+        last_hidden = tape.op("Sub", horizon, tape.constant(attention.window))
+        inside = tape.op("Greater", key_position, tape.op("Unsqueeze", last_hidden, tape.constant([2])))
+        visible = tape.op("And", visible, inside)
+    mask = dialect.mask(visible, group)
 
     return RaggedLayout(
         position_ids=tape.op("Unsqueeze", inputs.positions, tape.constant([1])),
         query_rows=query_rows,
         key_rows=key_rows,
-        cache_index=cache_index(tape, inputs.rows, inputs.positions, kv_heads),
+        placement=dialect.placement(inputs.rows, inputs.positions, kv_heads),
         output_rows=output_rows,
-        bias=bias,
+        mask=mask,
     )

@@ -18,6 +18,7 @@ OPSET = 21
 SHARED_LOCATION = "provided-at-load"
 """Stands where the data of shared initializers would be; no such file exists."""
 IR_VERSION = 10
+STANDARD_IR_VERSION = 11
 
 _INLINE_BYTES = 256
 """Smaller tensors stay in the graph's own file."""
@@ -36,9 +37,14 @@ class GraphTape:
     needs little more memory than its largest tensor.
     """
 
-    def __init__(self, weight_dtype: str) -> None:
+    def __init__(self, weight_dtype: str, standard_opset: int | None = None) -> None:
+        """Computes in float32 whatever weights are stored in; with ``standard_opset`` in the weights' dtype, by
+        operators of that version of the ONNX standard alone."""
         self._tape = ir.tape.Tape()
         self._weight_dtype = weight_dtype
+        self._opsets = {"": OPSET, CONTRIB: 1} if standard_opset is None else {"": standard_opset}
+        self.compute = ir.DataType.FLOAT if standard_opset is None else _STORAGE[weight_dtype]
+        """What products, norms and caches are in."""
         self._constants: dict[tuple[str, bytes, tuple[int, ...]], ir.Value] = {}
         self._weights: dict[str, ir.Value] = {}
 
@@ -56,6 +62,24 @@ class GraphTape:
             name = f"constant_{len(self._constants)}"
             self._constants[key] = self._tape.initializer(ir.tensor(array, name=name))
         return self._constants[key]
+
+    def number(self, value: float | NDArray[Any]) -> ir.Value:
+        """A number, or some, in the compute dtype."""
+        return self.constant(value, self.compute.numpy())
+
+    def to_float(self, value: ir.Value) -> ir.Value:
+        """A value of the compute dtype in float32."""
+        if self.compute == ir.DataType.FLOAT:
+            return value
+        cast: ir.Value = self.op("Cast", value, to=ir.DataType.FLOAT)
+        return cast
+
+    def to_compute(self, value: ir.Value) -> ir.Value:
+        """A float32 value in the compute dtype."""
+        if self.compute == ir.DataType.FLOAT:
+            return value
+        cast: ir.Value = self.op("Cast", value, to=self.compute)
+        return cast
 
     def table(self, name: str, array: NDArray[Any]) -> ir.Value:
         """A computed array, kept in its own dtype."""
@@ -77,8 +101,8 @@ class GraphTape:
             return ir.Tensor(array, name=name)
 
         value = self._tape.initializer(ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name))
-        if dtype != ir.DataType.FLOAT:
-            value = self.op("Cast", value, to=ir.DataType.FLOAT)
+        if dtype != self.compute:
+            value = self.op("Cast", value, to=self.compute)
         self._weights[name] = value
         return value
 
@@ -108,12 +132,12 @@ class GraphTape:
             outputs,
             nodes=self._tape.nodes,
             initializers=self._tape.initializers,
-            opset_imports={"": OPSET, CONTRIB: 1},
+            opset_imports=self._opsets,
             name=name,
         )
         return ir.Model(
             graph,
-            ir_version=IR_VERSION,
+            ir_version=IR_VERSION if CONTRIB in self._opsets else STANDARD_IR_VERSION,
             producer_name="dspark-export",
             metadata_props=dict(metadata),
         )

@@ -1,4 +1,4 @@
-"""The verifier's graph in ONNX Runtime's dialect: float32, ragged batch, slot cache written in place.
+"""The verifier's graph: ragged batch, slot cache written in place; in either dialect.
 
 Every choice here serves one property: the logits of a position do not depend, bit for bit, on how its tokens were
 batched, chunked or drafted. Linear layers run on [B, H] rows; new keys and values are scattered into the cache *before*
@@ -8,13 +8,16 @@ never have a single row (which would take another kernel).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import onnx_ir as ir
 
-from dspark_export.decoder import Decoder
+from dspark_export.decoder import Attention, Decoder, Rope
 from dspark_export.graph.blocks import Blocks, gate_up_names, qkv_names, rope_tables
 from dspark_export.graph.layout import RaggedInputs, RaggedLayout, ragged_layout
 from dspark_export.graph.linear import FloatLinears, Int8Linears, Linears
-from dspark_export.graph.tape import GraphTape, graph_input, graph_output
+from dspark_export.graph.standard_form import StandardForm, make_dialect
+from dspark_export.graph.tape import graph_input, graph_output
 from dspark_export.quantization.activations import INPUT_PREFIX
 from dspark_export.quantization.plan import Int8Plan
 from dspark_export.weights import WeightSource
@@ -23,11 +26,19 @@ EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer's rows go and what they may see; cosines and sines of its rotation."""
+
+    layout: RaggedLayout
+    rotation: tuple[ir.Value, ir.Value]
+
+
 class VerifierGraph:
     """Builds the graph of one decoder. ``build`` may be called once.
 
     With a ``plan`` the products are int8; the rest, the embedding included, is float32. ``probe`` adds the input of
-    every product as an output, for the pass that makes a plan.
+    every product as an output, for the pass that makes a plan. ``standard`` asks for the standard dialect.
     """
 
     def __init__(
@@ -39,16 +50,22 @@ class VerifierGraph:
         weight_dtype: str = "float32",
         plan: Int8Plan | None = None,
         probe: bool = False,
+        standard: StandardForm | None = None,
     ) -> None:
         self._decoder = decoder
         self._weights = weights
         self._taps = taps
         self._max_context = max_context
-        self._tape = GraphTape(weight_dtype)
+        self._query_index = graph_input("query_index", ir.DataType.INT64, ("R", "Q"))
+        self._dialect = make_dialect(weight_dtype, standard, self._query_index)
+        self._tape = self._dialect.tape
+        self._standard = standard
         self._plan = plan
         self._probed: dict[str, ir.Value] | None = {} if probe else None
 
     def _linears(self, rows: ir.Value) -> Linears:
+        if self._standard is not None:
+            return self._standard.linears(self._dialect, self._weights)
         if self._plan is not None:
             return Int8Linears(self._tape, self._weights, self._plan, rows)
         return FloatLinears(self._tape, self._weights, self._probed)
@@ -56,58 +73,58 @@ class VerifierGraph:
     def build(self) -> ir.Model:
         """The whole model; weights are read when it is saved."""
         decoder, tape = self._decoder, self._tape
-        attention = decoder.attention
-        cache_shape = ("R", attention.num_kv_heads, "C", attention.head_dim)
+        dtype = tape.compute
+        shapes = [("R", kv_heads, self._dialect.cache_length, dim) for kv_heads, dim in decoder.cache_shapes]
         input_ids = graph_input("input_ids", ir.DataType.INT64, ("B",))
         positions = graph_input("positions", ir.DataType.INT64, ("B",))
-        blocks = Blocks(tape, decoder, self._weights, self._linears(positions))
+        blocks = Blocks(self._dialect, decoder, self._weights, self._linears(positions))
         ragged = RaggedInputs(
             positions=positions,
             rows=graph_input("rows", ir.DataType.INT64, ("B",)),
             columns=graph_input("columns", ir.DataType.INT64, ("B",)),
-            query_index=graph_input("query_index", ir.DataType.INT64, ("R", "Q")),
+            query_index=self._query_index,
             horizon=positions,
         )
         logit_rows = graph_input("logit_rows", ir.DataType.INT64, ("N",))
         caches = [
-            graph_input(f"{kind}_cache_{layer}", ir.DataType.FLOAT, cache_shape)
+            graph_input(f"{kind}_cache_{layer}", dtype, shapes[layer])
             for layer in range(decoder.num_layers)
             for kind in ("key", "value")
         ]
 
         head = EMBEDDING if decoder.tied_embedding else HEAD
-        layout = ragged_layout(tape, ragged, attention, caches[0])
-        rotation = rope_tables(tape, attention, self._max_context)
-        embedding = blocks.matrix(f"{EMBEDDING}.weight", decoder.vocab_size, decoder.hidden_size)
-        residual = tape.op("Gather", embedding, input_ids, axis=0)
-        normed = blocks.norm(residual, "model.layers.0.input_layernorm.weight", qkv_names("model.layers.0"))
+        places = self._places(ragged, caches)
+        embedding = blocks.embedding(f"{EMBEDDING}.weight", self._standard is not None)
+        residual = blocks.embed(embedding, input_ids)
+        first = qkv_names("model.layers.0", decoder.layer_attention(0))
+        normed = blocks.norm(residual, "model.layers.0.input_layernorm.weight", first)
         features, written = [], []
         for layer in range(decoder.num_layers):
             prefix = f"model.layers.{layer}"
+            attention = decoder.layer_attention(layer)
             mixed, keys, values = self._attention(
-                blocks, prefix, normed, layout, rotation, caches[2 * layer], caches[2 * layer + 1]
+                blocks, prefix, attention, normed, places[layer], caches[2 * layer], caches[2 * layer + 1]
             )
             written += [
-                graph_output(keys, f"key_cache_{layer}_out", ir.DataType.FLOAT, cache_shape),
-                graph_output(values, f"value_cache_{layer}_out", ir.DataType.FLOAT, cache_shape),
+                graph_output(keys, f"key_cache_{layer}_out", dtype, shapes[layer]),
+                graph_output(values, f"value_cache_{layer}_out", dtype, shapes[layer]),
             ]
-            normed, residual = blocks.add_and_norm(
-                mixed, residual, f"{prefix}.post_attention_layernorm.weight", gate_up_names(prefix)
-            )
+            normed, residual = blocks.after_attention(prefix, mixed, residual, gate_up_names(prefix))
             fed_forward = blocks.mlp(prefix, normed)
             last = layer == decoder.num_layers - 1
             following = f"model.layers.{layer + 1}"
             norm, feeds = (
                 ("model.norm.weight", (head,))
                 if last
-                else (f"{following}.input_layernorm.weight", qkv_names(following))
+                else (f"{following}.input_layernorm.weight", qkv_names(following, decoder.layer_attention(layer + 1)))
             )
-            normed, residual = blocks.add_and_norm(fed_forward, residual, norm, feeds)
+            normed, residual = blocks.after_mlp(prefix, fed_forward, residual, norm, feeds)
             if layer in self._taps:
                 features.append(residual)
 
         wanted = tape.op("Gather", normed, logit_rows, axis=0)
-        logits = self._linears(logit_rows).head(wanted, head, decoder.vocab_size, decoder.hidden_size)
+        raw = self._linears(logit_rows).head(wanted, head, decoder.vocab_size, decoder.hidden_size)
+        logits = tape.to_float(blocks.cap(raw))
         # TopK, not ArgMax: several times faster, takes the lowest index of equal ones as well, and puts NaN above all
         # numbers, so that one value tells whether a whole row is sound.
         top, best = tape.op("TopK", logits, tape.constant([1]), outputs=2, axis=1)
@@ -116,36 +133,54 @@ class VerifierGraph:
             graph_output(logits, "logits", ir.DataType.FLOAT, ("N", decoder.vocab_size)),
             graph_output(tape.reshape(best, (-1,)), "argmax", ir.DataType.INT64, ("N",)),
             graph_output(tape.reshape(top, (-1,)), "top_logit", ir.DataType.FLOAT, ("N",)),
-            graph_output(tapped, "features", ir.DataType.FLOAT, ("B", len(self._taps) * decoder.hidden_size)),
+            graph_output(
+                tape.to_float(tapped), "features", ir.DataType.FLOAT, ("B", len(self._taps) * decoder.hidden_size)
+            ),
             *written,
         ]
         for name, value in (self._probed or {}).items():
             # A copy: the same value may feed two products, and an output has one name.
             copy, label = tape.op("Identity", value), f"{INPUT_PREFIX}{name}"
             outputs.append(graph_output(copy, label, ir.DataType.FLOAT, ("rows", f"K.{name}")))
-        inputs = [input_ids, positions, ragged.rows, ragged.columns, ragged.query_index, logit_rows, *caches]
+        inputs = [input_ids, positions, ragged.rows, ragged.columns, ragged.query_index, logit_rows]
+        inputs += [*self._dialect.inputs, *caches]
         return tape.model("verifier", inputs, outputs, {"dspark.stage": "verifier", "dspark.family": decoder.family})
 
     def _attention(
         self,
         blocks: Blocks,
         prefix: str,
+        attention: Attention,
         normed: ir.Value,
-        layout: RaggedLayout,
-        rotation: tuple[ir.Value, ir.Value],
+        place: _Place,
         key_cache: ir.Value,
         value_cache: ir.Value,
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Output of the attention block [B, H] and the two caches after the new rows were written."""
-        tape, attention = self._tape, self._decoder.attention
-        joined, value = blocks.query_key_value(prefix, normed)
-        width = attention.num_heads + attention.num_kv_heads
+        tape, layout = self._tape, place.layout
+        joined, value = blocks.query_key_value(prefix, attention, normed)
+        width = (attention.num_heads + attention.num_kv_heads) * attention.head_dim
         head_rows = tape.reshape(
-            blocks.rotate(joined, width, layout.position_ids, rotation), (-1, attention.head_dim)
+            blocks.rotate(joined, width, layout.position_ids, place.rotation), (-1, attention.head_dim)
         )  # fmt: skip
         key = tape.op("Gather", head_rows, layout.key_rows, axis=0)  # [B, Hkv, D]
         query = tape.op("Gather", head_rows, layout.query_rows, axis=0)  # [R, Hkv, G*Q, D]
         value = tape.reshape(value, (-1, attention.num_kv_heads, attention.head_dim))
-        keys = tape.op("ScatterND", key_cache, layout.cache_index, key)
-        values = tape.op("ScatterND", value_cache, layout.cache_index, value)
-        return blocks.output(prefix, blocks.attend(query, keys, values, layout)), keys, values
+        keys = self._dialect.write(key_cache, layout.placement, key)
+        values = self._dialect.write(value_cache, layout.placement, value)
+        return blocks.output(prefix, attention, blocks.attend(attention, query, keys, values, layout)), keys, values
+
+    def _places(self, ragged: RaggedInputs, caches: list[ir.Value]) -> list[_Place]:
+        """Indices and rotation of every layer; layers that are alike share them."""
+        layouts: dict[tuple[int, int | None], RaggedLayout] = {}
+        rotations: dict[Rope, tuple[ir.Value, ir.Value]] = {}
+        places = []
+        for layer, attention in enumerate(self._decoder.layer_attentions):
+            geometry = (attention.num_kv_heads, attention.window)
+            if geometry not in layouts:
+                layouts[geometry] = ragged_layout(self._dialect, ragged, attention, caches[2 * layer])
+            if attention.rope not in rotations:
+                suffix = f".{len(rotations)}" if rotations else ""
+                rotations[attention.rope] = rope_tables(self._tape, attention.rope, self._max_context, suffix)
+            places.append(_Place(layouts[geometry], rotations[attention.rope]))
+        return places

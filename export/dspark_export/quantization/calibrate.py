@@ -12,6 +12,7 @@ from dspark_backend.stages.batch import FloatArray
 from dspark_backend.stages.onnxruntime_verifier import MODEL_FILE, OnnxRuntimeVerifier
 from dspark_export.check import prompt_logits
 from dspark_export.decoder import Decoder
+from dspark_export.graph.blocks import output_names
 from dspark_export.graph.linear import fused_weight
 from dspark_export.graph.tape import save_graph
 from dspark_export.graph.verifier import VerifierGraph
@@ -47,7 +48,13 @@ class Calibration:
             _GRAM_BYTES,
             lambda done: progress("look at activations", done),
         )
-        attention = self.decoder.attention
+        layers = {output_names(f"model.layers.{layer}")[0]: layer for layer in range(self.decoder.num_layers)}
+
+        def head_layout(name: str) -> tuple[int, int]:
+            if name not in layers:
+                return 0, 1
+            attention = self.decoder.layer_attention(layers[name])
+            return attention.head_dim, attention.group
 
         def weight(name: str) -> FloatArray:
             return fused_weight(self.weights, fused_parts(name))
@@ -55,7 +62,7 @@ class Calibration:
         plans = choose_all(
             statistics,
             weight,
-            (attention.head_dim, attention.group),
+            head_layout,
             lambda done: progress("choose how to round", done),
         )
         return Int8Plan(plans)

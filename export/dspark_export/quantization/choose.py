@@ -74,14 +74,14 @@ def _relative_error(rows: FloatArray, matrix: FloatArray, factors: FloatArray | 
 def choose_all(
     statistics: Mapping[str, InputStatistics],
     weight: Callable[[str], FloatArray],
-    head_layout: tuple[int, int],
+    head_layout: Callable[[str], tuple[int, int]],
     progress: Callable[[float], None],
 ) -> dict[str, LinearPlan]:
-    """Plans by fused name. ``weight`` gives a product's matrix [K, N]; ``head_layout`` is (head_dim, group) of the
-    attention, whose output projections read heads."""
+    """Plans by fused name. ``weight`` gives a product's matrix [K, N]; ``head_layout`` gives (head_dim, group) of
+    the heads that a product's inputs are, (0, 1) where they are no heads."""
     plans = {}
     for number, (name, found) in enumerate(statistics.items()):
-        shared, group = head_layout if name.endswith(".o_proj") else (0, 1)
+        shared, group = head_layout(name)
         plans[name] = choose(found, weight(name), shared, group)
         progress((number + 1) / len(statistics))
     return plans

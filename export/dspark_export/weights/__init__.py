@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from dspark_export.errors import ExportError
+
 
 class WeightSource(Protocol):
     """A checkpoint whose tensors are read one at a time, under their Hugging Face names."""
@@ -28,3 +30,20 @@ class WeightSource(Protocol):
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor as stored (float32, float16 or bfloat16). Raises ExportError where it cannot be read."""
+
+
+def require_unquantised(config: Mapping[str, Any], what: str) -> None:
+    """Make sure that config.json announces plain floats. ``what`` names the checkpoint in the message.
+
+    Raises:
+        ExportError: the checkpoint is quantised (fp8, gptq, awq, bitsandbytes, compressed-tensors ...); the method is
+            named.
+    """
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not settings:
+        return
+    method = settings.get("quant_method") or settings.get("quant_algo") if isinstance(settings, Mapping) else None
+    raise ExportError(
+        f"{what}: expected weights in float32, float16 or bfloat16, got a checkpoint quantised with "
+        f"{method or 'a method config.json does not name'}; export the original checkpoint"
+    )

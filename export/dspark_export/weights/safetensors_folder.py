@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from dspark_export.errors import ExportError
 
 _INDEX = "model.safetensors.index.json"
-_DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I32")
-"""Integers for vocabulary tables (d2t)."""
+_DTYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "BOOL")
+"""The last three for vocabulary tables (d2t, t2d)."""
 
 
 class SafetensorsFolder:
@@ -44,16 +44,20 @@ class SafetensorsFolder:
         return self._config
 
     @cached_property
-    def _shards(self) -> tuple[Path, ...]:
+    def _weight_map(self) -> dict[str, str]:
+        """Tensor -> shard as the index says; empty without an index."""
         index = self._folder / _INDEX
-        if index.is_file():
-            try:
-                weight_map: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ExportError(
-                    f"{index}: expected JSON with a weight_map, got {error!r}; download it again"
-                ) from error
-            shards = tuple(self._folder / name for name in sorted(set(weight_map.values())))
+        if not index.is_file():
+            return {}
+        try:
+            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{index}: expected JSON with a weight_map, got {error!r}; download it again") from error
+
+    @cached_property
+    def _shards(self) -> tuple[Path, ...]:
+        if self._weight_map:
+            shards = tuple(self._folder / name for name in sorted(set(self._weight_map.values())))
         else:
             shards = tuple(sorted(self._folder.glob("*.safetensors")))
         if not shards:
@@ -76,6 +80,12 @@ class SafetensorsFolder:
                         location[name] = (shard, tuple(stored.get_shape()), stored.get_dtype())
             except SafetensorError as error:
                 raise ExportError(f"{shard}: not a complete safetensors file ({error}); download it again") from error
+        absent = sorted(set(self._weight_map) - set(location))
+        if absent:
+            raise ExportError(
+                f"{self._folder}: {_INDEX} names {absent[0]}{f' and {len(absent) - 1} more' if absent[1:] else ''} in "
+                f"{self._weight_map[absent[0]]}, which no shard holds; download it again"
+            )
         return location
 
     @property

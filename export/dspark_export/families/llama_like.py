@@ -1,4 +1,4 @@
-"""Llama and models with its layout (SmolLM2 among them)."""
+"""Models with the layout of Llama: Llama 2 and 3.x, SmolLM2 and others of model_type llama, and dense Qwen3."""
 
 from __future__ import annotations
 
@@ -6,25 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark_export.decoder import Attention, Decoder
-from dspark_export.families.common import head_dim, read_rope, require_silu
+from dspark_export.families.common import head_dim, read_rope, require
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
-    """Decoder of a ``LlamaForCausalLM`` config."""
-    require_silu(config)
+    """Decoder of a ``LlamaForCausalLM`` or ``Qwen3ForCausalLM`` config.
+
+    Raises:
+        ValueError: a value that the graph cannot reproduce.
+    """
+    family = str(config["model_type"])
+    require(config, "hidden_act", "silu", missing="silu")
+    require(config, "use_sliding_window", False, missing=False)
+    heads = config["num_attention_heads"]
+    kv_heads = config["num_key_value_heads"] if family == "qwen3" else config.get("num_key_value_heads") or heads
     bias = bool(config.get("attention_bias", False))
     return Decoder(
-        family="llama",
+        family=family,
         vocab_size=config["vocab_size"],
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
         num_layers=config["num_hidden_layers"],
         norm_eps=config["rms_norm_eps"],
         attention=Attention(
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+            num_heads=heads,
+            num_kv_heads=kv_heads,
             head_dim=head_dim(config),
             rope=read_rope(config),
+            qk_norm=family == "qwen3",
             qkv_bias=bias,
             output_bias=bias,
         ),

@@ -1,0 +1,113 @@
+"""The verifier on TensorRT: cache, logits and features stay on the device; argmax and top logit come back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dspark_backend.stages.artifact import VerifierArtifact, load_verifier_artifact
+from dspark_backend.stages.batch import RowMove, StepBatch, StepOutput
+from dspark_backend.stages.cuda.rows import DeviceRows, RowSpan
+from dspark_backend.stages.cuda.weights import shared_matrix
+from dspark_backend.stages.engine_contract import VERIFIER_ENGINE, CacheShape, VerifierTensors
+from dspark_backend.stages.settings import StageSettings
+from dspark_backend.stages.shared_weights import SHARED_EMBEDDING, SHARED_HEAD
+from dspark_backend.stages.tensorrt.cache import EngineCache
+from dspark_backend.stages.tensorrt.execution import Execution
+from dspark_backend.stages.tensorrt.opening import CudaOpener, EngineOpener, check_runtime, compute_dtype
+from dspark_backend.stages.tensorrt.profiles import choose, engine_profiles
+from dspark_backend.stages.tensorrt.scatter import View, fill_verifier, span
+
+_SYMBOLS = ("B", "N", "R", "Q", "C")
+_PREFILL_COLUMNS = 32
+"""Steps with longer segments are prompts: too many sizes for a CUDA graph each, and long enough without."""
+
+
+class TensorRtVerifier:
+    """Implements :class:`~dspark_backend.stages.protocol.VerifierStage`.
+
+    Raises:
+        ArtifactError: the artifact is missing or corrupt, or its engine does not fit this GPU or this TensorRT.
+        ConfigError: there is no device.
+    """
+
+    def __init__(self, directory: Path, settings: StageSettings, opener: EngineOpener | None = None) -> None:
+        self._artifact = artifact = load_verifier_artifact(directory)
+        check_runtime(artifact.runtime, directory)
+        dtype = compute_dtype(artifact.dtype, directory)
+        opener = opener or CudaOpener(settings)
+        info = opener.check(artifact.engine, directory)
+        profiles = engine_profiles(info, VERIFIER_ENGINE, _SYMBOLS)
+        shapes = artifact.cache_shapes
+        caches = [CacheShape(heads, head_dim) for heads, head_dim in shapes]
+        taps = len(artifact.target_layer_ids)
+        specs = VerifierTensors(
+            dtype, artifact.vocab_size, artifact.hidden_size, taps, info.capacity, caches
+        ).specs  # fmt: skip
+        self._device = opener.device
+        engine = opener.engine(directory, VERIFIER_ENGINE, info, specs, len(profiles))
+        self._cache = EngineCache(self._device, shapes, info.capacity, dtype, profiles)
+        elsewhere = (*self._cache.names, SHARED_EMBEDDING, SHARED_HEAD)
+        self._execution = Execution(self._device, engine, specs, profiles, elsewhere)
+        # Held, so that the drafter's stage finds them.
+        self._shared = {
+            SHARED_EMBEDDING: shared_matrix(self._device, directory, artifact.embedding, dtype),
+            SHARED_HEAD: shared_matrix(self._device, directory, artifact.head, dtype),
+        }
+        self._view_length = 1
+        self._feature_size = taps * artifact.hidden_size
+
+    @property
+    def artifact(self) -> VerifierArtifact:
+        return self._artifact
+
+    def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
+        self._device.use()
+        if self._cache.allocate(num_slots, moves):
+            self._execution.forget_addresses()
+        self._view_length = capacity
+
+    def copy_rows(self, move: RowMove) -> None:
+        self._device.use()
+        self._cache.copy_rows(move)
+
+    def clear_rows(self, slot: int) -> None:
+        self._device.use()
+        self._cache.clear_rows(slot)
+
+    def step(self, batch: StepBatch) -> StepOutput:
+        self._device.use()
+        execution, cache, wanted = self._execution, self._cache, len(batch.logit_rows)
+        needed = {
+            "B": batch.num_tokens,
+            "N": max(1, wanted),
+            "R": span(batch.slots),
+            "Q": batch.layout.longest,
+            "C": int(batch.positions.max()) + 1,
+        }
+        # How far attention looks follows the cache's length as the engine sees it, which rarely changes.
+        longest = max(profile.ranges["C"].high for profile in execution.profiles)
+        needed["C"] = max(needed["C"], min(self._view_length, longest))
+        choice = choose(execution.profiles, needed, {"R": cache.num_slots, "C": needed["C"]})
+        view = View.over(batch.slots, choice.sizes["R"], cache.num_slots)
+        arrays = execution.inputs(choice)
+        fill_verifier(arrays, batch, view, choice.sizes, cache.capacity)
+        bound = cache.addresses(view.first) | {name: memory.address for name, memory in self._shared.items()}
+        execution.run(choice, arrays, bound, view.first, capture=choice.sizes["Q"] <= _PREFILL_COLUMNS)
+        argmax, top_logit = execution.results(choice, ("argmax", "top_logit"))
+        return StepOutput(
+            logits=self._rows("logits", wanted, self._artifact.vocab_size),
+            argmax=argmax[:wanted],
+            top_logit=top_logit[:wanted],
+            features=self._rows("features", batch.num_tokens, self._feature_size),
+        )
+
+    def close(self) -> None:
+        self._device.use()
+        self._execution.close()
+        self._cache.clear()
+        self._shared.clear()
+
+    def _rows(self, name: str, count: int, width: int) -> DeviceRows:
+        execution = self._execution
+        return DeviceRows(self._device, width, (RowSpan(execution.memory, 0, count, execution.offset(name)),))

@@ -1,0 +1,114 @@
+"""Builds one engine in a process of its own, so that the same graph gives (nearly) the same bytes.
+
+The builder orders some of its tables by the addresses of their entries. A fresh process with one heap, on one core and
+without address randomisation (where the system allows that) allocates nearly alike each time: a handful of bytes of
+large engines may still differ between builds, small ones do not. So the job comes through stdin,
+with paths relative to the graph's folder, and the engine's own path is read after the build.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+from dspark_backend.stages.engine_contract import Profile, Range
+from dspark_export.engine.builder import Builder, BuildSettings, build_engine
+from dspark_export.errors import ExportError
+
+_NO_RANDOMISATION = 0x0040000
+_KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HOME")
+
+
+def build_apart(
+    builder: Builder,
+    graph: Path,
+    profiles: Sequence[Profile],
+    settings: BuildSettings,
+    engine: Path,
+    progress: Callable[[float], None],
+) -> None:
+    """As :func:`build_engine`, into the file ``engine``. Raises ExportError as it does, or where the process dies."""
+    job = {
+        "package": builder.package,
+        "graph": graph.name,
+        "profiles": [asdict(profile) for profile in profiles],
+        "targets": settings.targets,
+        "workspace": settings.workspace,
+        "timing_cache": str(settings.timing_cache.resolve()) if settings.timing_cache else None,
+    }
+    environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+    environment |= {"MALLOC_ARENA_MAX": "1", "PYTHONHASHSEED": "0"}
+    with (
+        tempfile.TemporaryFile("w+") as complaints,
+        subprocess.Popen(
+            [sys.executable, "-m", __spec__.name],
+            cwd=graph.parent, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints,
+        ) as process,
+    ):  # fmt: skip
+        assert process.stdin is not None and process.stdout is not None
+        failure = None
+        with suppress(BrokenPipeError):
+            process.stdin.write(f"{json.dumps(job)}\n{engine.resolve()}\n")
+            process.stdin.close()
+        for line in process.stdout:
+            kind, _, text = line.strip().partition(" ")
+            if kind == "progress":
+                progress(float(text))
+            elif kind == "error":
+                failure = json.loads(text)
+        code = process.wait()
+        if failure is None and code:
+            complaints.seek(0)
+            last = (complaints.read().strip().splitlines() or ["it gives no reason"])[-1]
+            failure = f"{graph}: the build stopped with exit code {code}: {last}"
+    if failure is not None:
+        raise ExportError(failure)
+
+
+def main() -> None:
+    """The process: a job on stdin, progress and errors on stdout."""
+    job = json.loads(sys.stdin.readline())
+    profiles = [
+        Profile(one["name"], {symbol: Range(**sizes) for symbol, sizes in one["ranges"].items()})
+        for one in job["profiles"]
+    ]
+    cache = Path(job["timing_cache"]) if job["timing_cache"] else None
+    settings = BuildSettings(tuple(job["targets"]), job["workspace"], cache)
+    builder = Builder(job["package"], importlib.import_module(job["package"]))
+
+    def progress(done: float) -> None:
+        sys.stdout.write(f"progress {done}\n")
+        sys.stdout.flush()
+
+    try:
+        data = build_engine(builder, Path(job["graph"]), profiles, settings, progress)
+    except ExportError as error:
+        sys.stdout.write(f"error {json.dumps(str(error))}\n")
+        sys.exit(1)
+    Path(sys.stdin.readline().strip()).write_bytes(data)
+
+
+def _settle() -> bool:
+    """One core, no address randomisation. Says whether the latter begins with another start of the process."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    call = ctypes.CDLL(None).personality
+    before = int(call(ctypes.c_ulong(0xFFFFFFFF)))
+    if before < 0 or before & _NO_RANDOMISATION:
+        return False
+    return int(call(ctypes.c_ulong(before | _NO_RANDOMISATION))) >= 0
+
+
+if __name__ == "__main__":
+    if _settle():
+        os.execv(sys.executable, [sys.executable, "-m", __spec__.name])
+    main()

@@ -1,0 +1,1 @@
+"""The DeepSeek-V4 verifier, in ONNX Runtime's dialect."""

@@ -1,0 +1,104 @@
+"""Index arithmetic of a step: where tokens are in caches, and what they may see.
+
+Shapes as in ``graph.layout``; besides, T entries of a compression.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from dspark_export.decoder import Rope
+from dspark_export.graph.deepseek_v4.rotation import Rotation, rotation
+from dspark_export.graph.layout import RaggedInputs
+from dspark_export.graph.ort_dialect import OrtDialect
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries of one compression rate."""
+
+    rate: int
+    padding: ir.Value
+    """int64 [8], for Pad: makes a cache [R, 1, C, W] a whole number of entries long, at least one."""
+    ready: ir.Value
+    """bool [R, Q, T]: the query's position is at or behind the last one of the entry."""
+    rotation: Rotation
+    """Of the first position of each entry, [1, T, ...]."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Indices that all layers share."""
+
+    query_index: ir.Value
+    """[R, Q]"""
+    placement: ir.Value
+    """Where new rows go, for the dialect's ``write``."""
+    window_bias: ir.Value
+    """float32 [R, Q, 1, C]: 0 where the sliding window is, hugely negative elsewhere."""
+    output_rows: ir.Value
+    """[B]: row of a result viewed as [R * Q, ...] for every token."""
+    rotations: dict[Rope, Rotation]
+    """Of the tokens, [B, 1, ...]."""
+    entries: dict[int, Entries]
+    """By rate."""
+
+
+def place(
+    dialect: OrtDialect,
+    inputs: RaggedInputs,
+    cache: ir.Value,
+    window: int,
+    plain: Rope,
+    compressed: Rope,
+    rates: set[int],
+    max_context: int,
+) -> Place:
+    """Build the indices; ``cache`` is any layer's, read for its length."""
+    tape = dialect.tape
+    keys = dialect.key_positions(cache)  # [C]
+    query_position = tape.op("Gather", inputs.positions, inputs.query_index, axis=0)
+    query_position = tape.op("Unsqueeze", query_position, tape.constant([2]))  # [R, Q, 1]
+    before = tape.op("Sub", query_position, tape.constant(window))
+    inside = tape.op("And", tape.op("LessOrEqual", keys, query_position), tape.op("Greater", keys, before))
+    query_width = tape.op("Shape", inputs.query_index, start=1, end=2)
+    capacity = tape.op("Shape", cache, start=2, end=3)
+    tables = {rope: _tables(dialect, rope, max_context, index) for index, rope in enumerate((plain, compressed))}
+    entries = {}
+    for rate in sorted(rates):
+        length = tape.op("Div", tape.op("Add", capacity, tape.constant([rate - 1])), tape.constant([rate]))
+        missing = tape.op("Sub", tape.op("Mul", length, tape.constant([rate])), capacity)
+        index = tape.op("Range", tape.constant(0), tape.op("Squeeze", length), tape.constant(1))  # [T]
+        complete = tape.op("Div", tape.op("Add", query_position, tape.constant(1)), tape.constant(rate))
+        # Capacity may go beyond the context; what stands there is never seen.
+        first = tape.op("Min", tape.op("Mul", index, tape.constant(rate)), tape.constant(max_context - 1))
+        entries[rate] = Entries(
+            rate,
+            tape.op("Concat", tape.constant([0] * 6), missing, tape.constant([0]), axis=0),
+            tape.op("Less", index, complete),
+            rotation(tape, tables[compressed], first, (1, -1)),
+        )
+    return Place(
+        query_index=inputs.query_index,
+        placement=dialect.placement(inputs.rows, inputs.positions, 1),
+        window_bias=tape.op("Unsqueeze", bias(dialect, inside), tape.constant([2])),
+        output_rows=tape.op("Add", tape.op("Mul", inputs.rows, query_width), inputs.columns),
+        rotations={rope: rotation(tape, table, inputs.positions, (-1, 1)) for rope, table in tables.items()},
+        entries=entries,
+    )
+
+
+def bias(dialect: OrtDialect, visible: ir.Value) -> ir.Value:
+    """0 where ``visible``, hugely negative elsewhere; float32, same shape."""
+    tape = dialect.tape
+    hidden = tape.constant(np.finfo(np.float32).min, np.float32)
+    made: ir.Value = tape.op("Where", visible, tape.constant(0.0, np.float32), hidden)
+    return made
+
+
+def _tables(dialect: OrtDialect, rope: Rope, positions: int, index: int) -> tuple[ir.Value, ir.Value]:
+    cosines, sines = rope.tables(positions)
+    return dialect.tape.table(f"rope_cos.{index}", cosines), dialect.tape.table(f"rope_sin.{index}", sines)

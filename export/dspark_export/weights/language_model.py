@@ -1,0 +1,55 @@
+"""The language model of a multimodal checkpoint, under the names of a checkpoint of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from dspark_export.weights import WeightSource
+
+_PREFIXES = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+"""Beginnings of stored names, by new and old versions of transformers -> what a checkpoint without images has."""
+
+
+class LanguageModelWeights:
+    """A source whose config has a ``text_config``: tensors of its language model by their plain names."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._stored = {_plain(name): name for name in sorted(source.names())}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._source.config
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._source.files
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(self._stored.get(name, name))
+
+    def read(self, name: str) -> NDArray[Any]:
+        return self._source.read(self._stored.get(name, name))
+
+
+def _plain(name: str) -> str:
+    for nested, plain in _PREFIXES.items():
+        if name.startswith(nested):
+            return plain + name.removeprefix(nested)
+    return name
+
+
+def language_model(source: WeightSource) -> WeightSource:
+    """The source itself, or its language model where it is multimodal."""
+    return LanguageModelWeights(source) if isinstance(source.config.get("text_config"), Mapping) else source

@@ -1,0 +1,262 @@
+"""Engines for TensorRT: every graph parses and builds ahead of time; what cannot be built is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from artifacts import GOLDEN, golden_taps, silent
+from onnx import TensorProto, helper
+from standard_graphs import drafter_graphs, drafter_tensors, verifier_graph
+from typer.testing import CliRunner
+
+from dspark_backend.errors import ArtifactError
+from dspark_backend.stages.artifact import load_drafter_artifact, load_verifier_artifact
+from dspark_backend.stages.engine_contract import VERIFIER_ENGINE, Workload
+from dspark_export.cli import app
+from dspark_export.drafter import DrafterExport, export_drafter
+from dspark_export.engine.builder import Builder, BuildSettings, build_engine, find_builder, parse_targets
+from dspark_export.engine.stage import EngineExport, export_engine
+from dspark_export.errors import ExportError
+from dspark_export.families import describe
+from dspark_export.graph.standard_form import StandardForm
+from dspark_export.graph.tape import save_graph
+from dspark_export.graph.verifier import VerifierGraph
+from dspark_export.quantization.fp8 import norm_scale, norm_scales
+from dspark_export.verifier import VerifierExport, export_verifier
+from dspark_export.weights.safetensors_folder import SafetensorsFolder
+
+trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu12==1.7.1.116")
+NAME = "qwen3_gated"
+SMALL = Workload(max_context=128, slots=2, block_size=5, prefill_chunk=16)
+BOTH = ("sm86", "sm89")
+FORMS = [
+    ("float16", "float16", "plain", BOTH),
+    ("bfloat16", "bfloat16", "plain", BOTH),
+    ("fp8", "bfloat16", "fp8", ("sm89",)),
+    ("int4", "bfloat16", "int4", BOTH),
+]
+
+
+def build(model, directory, profile, targets):
+    save_graph(model, directory, "graph.onnx")
+    builder = Builder("tensorrt_rtx", trt)
+    begin = time.perf_counter()
+    data = build_engine(builder, directory / "graph.onnx", [profile], BuildSettings(targets), lambda _: None)
+    sys.stdout.write(f"{directory.name}: {time.perf_counter() - begin:.1f} s, {len(data) / 2**20:.2f} MiB\n")
+    return data
+
+
+def scales_of(form, part):
+    if form != "fp8":
+        return {}
+    weights = SafetensorsFolder(GOLDEN / NAME / part)
+    decoder = describe(weights.config)
+    scales = norm_scales(decoder, weights, "model.layers." if part == "target" else "layers.")
+    if part == "drafter":
+        names = [f"layers.{layer}.self_attn.{kind}_proj" for kind in "kv" for layer in range(decoder.num_layers)]
+        scales["+".join(names)] = norm_scale(weights, "hidden_norm.weight")
+    return scales
+
+
+@pytest.mark.parametrize(("form", "compute", "products", "targets"), FORMS, ids=[form[0] for form in FORMS])
+def test_the_verifier_builds(tmp_path, form, compute, products, targets):
+    model = verifier_graph(NAME, compute, products=products, input_scales=scales_of(form, "target"))
+    types = {str(value.dtype) for value in model.graph.initializers.values()}
+    assert ("FLOAT8E4M3FN" in types) == (form == "fp8") and ("INT4" in types) == (form == "int4")
+    assert len(build(model, tmp_path, SMALL.verifier_profiles()[0], targets)) > 100_000
+
+
+@pytest.mark.parametrize(("form", "compute", "products", "targets"), FORMS, ids=[form[0] for form in FORMS])
+def test_the_drafter_builds(tmp_path, form, compute, products, targets):
+    form_options = {"products": products, "input_scales": scales_of(form, "drafter")}
+    drafting, context = drafter_graphs(NAME, compute, expose=False, **form_options)
+    work = dataclasses.replace(SMALL, block_size=drafter_tensors(NAME).block_size)
+    for index, (model, profile) in enumerate(
+        [(drafting, work.draft_profiles()[0]), (context, work.context_profiles()[0])]
+    ):
+        (tmp_path / str(index)).mkdir()
+        assert len(build(model, tmp_path / str(index), profile, targets)) > 50_000
+
+
+def test_gemma_with_its_wide_heads_builds(tmp_path):
+    data = build(verifier_graph("gemma4_vanilla", "bfloat16"), tmp_path, SMALL.verifier_profiles()[0], ("sm86",))
+    assert len(data) > 100_000
+
+
+class Zeros:
+    """Weights of any size that take no disk."""
+
+    def __init__(self, config, shapes):
+        self.config, self.files, self._shapes = config, (), shapes
+
+    def names(self):
+        return frozenset(self._shapes)
+
+    def shape(self, name):
+        return self._shapes[name]
+
+    def read(self, name):
+        return np.full(self._shapes[name], 0.01, dtype=np.float16)
+
+
+QWEN3_4B = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2560,
+    "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "rms_norm_eps": 1e-6, "rope_theta": 1000000, "tie_word_embeddings": True, "max_position_embeddings": 40960,
+    "hidden_act": "silu", "attention_bias": False,
+}  # fmt: skip
+
+
+def layer_shapes(layers):
+    shapes = {"model.embed_tokens.weight": (151936, 2560), "model.norm.weight": (2560,)}
+    for layer in range(layers):
+        own = f"model.layers.{layer}"
+        for name, shape in {
+            "self_attn.q_proj": (4096, 2560), "self_attn.k_proj": (1024, 2560), "self_attn.v_proj": (1024, 2560),
+            "self_attn.o_proj": (2560, 4096), "self_attn.q_norm": (128,), "self_attn.k_norm": (128,),
+            "mlp.gate_proj": (9728, 2560), "mlp.up_proj": (9728, 2560), "mlp.down_proj": (2560, 9728),
+            "input_layernorm": (2560,), "post_attention_layernorm": (2560,),
+        }.items():  # fmt: skip
+            shapes[f"{own}.{name}.weight"] = shape
+    return shapes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "products"), [("bfloat16", "plain"), ("bfloat16", "int4")])
+def test_the_layer_shape_of_qwen3_4b_builds(tmp_path, dtype, products):
+    weights = Zeros(QWEN3_4B | {"num_hidden_layers": 2}, layer_shapes(2))
+    work = Workload(4096)
+    form = StandardForm(work.capacity, products)
+    model = VerifierGraph(describe(weights.config), weights, (0,), 4096, dtype, standard=form).build()
+    data = build(model, tmp_path, work.verifier_profiles()[0], BOTH)
+    # Two layers of 101 million weights; the embedding is an input.
+    assert len(data) > 2 * 100e6 * (2 if products == "plain" else 0.5)
+
+
+def test_a_node_that_does_not_parse_is_named(tmp_path):
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["B"])
+    found = helper.make_tensor_value_info("y", TensorProto.INT64, [1, "N"])
+    node = helper.make_node("NonZero", ["x"], ["y"], name="places")
+    graph = helper.make_graph([node], "g", [given], [found])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "g.onnx")
+    with pytest.raises(ExportError, match=r"cannot parse.*NonZero places"):
+        build_engine(Builder("tensorrt_rtx", trt), tmp_path / "g.onnx", [], BuildSettings(BOTH), lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """Golden verifier and drafter, exported for TensorRT."""
+    root = tmp_path_factory.mktemp("tensorrt")
+    verifier = VerifierExport(
+        str(GOLDEN / NAME / "target"), root / "v", "bfloat16", "tensorrt", golden_taps(NAME), max_context=128
+    )
+    export_verifier(verifier, silent)
+    export_drafter(DrafterExport(GOLDEN / NAME / "drafter", root / "v", root / "d", "fp8", "tensorrt"), silent)
+    return root
+
+
+def test_a_drafters_stage_builds_whole_and_nearly_twice_the_same(stages, tmp_path):
+    seen = []
+    for name in ("one", "two"):
+        options = EngineExport(stages / "d", tmp_path / name, "slots=1,prefill_chunk=8", "fp8", 1 << 30, None, "sm89")
+        artifact, built = export_engine(options, lambda what, done: seen.append((what, done)))
+    info = load_drafter_artifact(tmp_path / "two").engine
+    assert info == artifact.engine
+    assert info.builder == "tensorrt_rtx" and info.version == trt.__version__ and info.precision == "fp8"
+    assert info.targets == ("sm89",) and [one.name for one in info.profiles] == ["draft", "draft_prompt", "context"]
+    assert (tmp_path / "one" / "context.engine").read_bytes() == (tmp_path / "two" / "context.engine").read_bytes()
+    # The larger engine differs in some builds: the builder orders a table by addresses.
+    first, second = (np.fromfile(tmp_path / name / "draft.engine", np.uint8) for name in ("one", "two"))
+    assert len(first) == len(second) and (first != second).mean() < 1e-3
+    for one in built:
+        data = (tmp_path / "two" / one.file).read_bytes()
+        assert len(data) == one.size and hashlib.sha256(data).hexdigest() == info.engines[one.file]
+    assert not list((tmp_path / "one").glob("*.onnx*"))
+    assert {what for what, _ in seen} == {"build draft.engine", "build context.engine"}
+    assert 0.0 < max(done for _, done in seen) <= 1.0
+    # A damaged engine is refused when the stage is loaded.
+    with (tmp_path / "one" / "draft.engine").open("r+b") as stream:
+        stream.write(b"\0\0")
+    with pytest.raises(ArtifactError, match=r"draft\.engine: expected the contents"):
+        load_drafter_artifact(tmp_path / "one")
+
+
+def test_the_stage_for_tensorrt_shares_embedding_and_head(stages):
+    artifact = load_verifier_artifact(stages / "v")
+    weights = SafetensorsFolder(GOLDEN / NAME / "target")
+    assert artifact.runtime == "tensorrt" and artifact.embedding.dtype == "bfloat16"
+    for place, name in ((artifact.embedding, "model.embed_tokens.weight"), (artifact.head, "lm_head.weight")):
+        if name in weights.names():
+            np.testing.assert_allclose(place.read(stages / "v"), weights.read(name), rtol=2**-8)
+    assert artifact.engine.capacity == 128 + artifact.engine.padding and not artifact.engine.engines
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "sm86"}, "--target sm86: fp8 needs sm89 or later"),
+        ({"target": "sm80,sm89"}, "--target sm80: fp8 needs sm89"),
+        ({"target": "sm99"}, r"--target: expected some of .*sm89.*, got 'sm99'"),
+        ({"precision": "float16"}, "strongly typed, in fp8; for float16 export"),
+        ({"profiles": "slots=0"}, "--profiles: expected such as slots=16.* got 'slots=0'"),
+        ({"profiles": "rows=3"}, "got 'rows=3'"),
+        ({"profiles": "prefill_chunk=4096"}, "have room for 5"),
+        ({"profiles": "block_size=9"}, "the drafter's block_size is"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(stages, tmp_path, change, message):
+    with pytest.raises(ExportError, match=message):
+        export_engine(dataclasses.replace(EngineExport(stages / "d", tmp_path / "o"), **change), silent)
+    assert not (tmp_path / "o" / "stage.json").exists()
+
+
+def test_a_stage_of_another_runtime_is_refused(golden_artifacts, tmp_path):
+    result = CliRunner().invoke(
+        app, ["engine", "--stage", str(golden_artifacts[NAME]), "--out", str(tmp_path / "o")], catch_exceptions=True
+    )
+    assert result.exit_code != 0
+    assert "expected a stage exported with --runtime tensorrt, got one for onnxruntime" in str(result.exception)
+
+
+def test_a_workspace_that_is_too_small_is_named(stages, tmp_path):
+    options = EngineExport(stages / "d", tmp_path / "o", "slots=1,prefill_chunk=8", workspace=1, target="sm89")
+    with pytest.raises(ExportError, match=r"--workspace may be too small.*workspace limit"):
+        export_engine(options, silent)
+
+
+def test_without_a_builder_the_package_is_named():
+    with pytest.raises(ExportError, match="expected the package tensorrt or tensorrt_rtx, found neither"):
+        find_builder(("no_such_builder", "nor_this_one"))
+
+
+def test_tensorrt_itself_builds_for_its_own_gpu_alone():
+    builder = Builder("tensorrt", SimpleNamespace())
+    assert parse_targets("", builder, "fp8") == ()
+    with pytest.raises(ExportError, match="builds for the GPU of this machine alone"):
+        parse_targets("sm89", builder, "bfloat16")
+
+
+def test_a_stage_that_lost_its_graph_is_named(stages, tmp_path):
+    shutil.copytree(stages / "v", tmp_path / "v")
+    raw = json.loads((tmp_path / "v" / "stage.json").read_text())
+    (tmp_path / "v" / "verifier.onnx").unlink()
+    raw["files"].pop("verifier.onnx")
+    (tmp_path / "v" / "stage.json").write_text(json.dumps(raw))
+    with pytest.raises(ExportError, match=r"expected verifier\.onnx; was it built already"):
+        export_engine(EngineExport(tmp_path / "v", tmp_path / "o"), silent)
+    assert not (tmp_path / "o" / VERIFIER_ENGINE).exists()
+
+
+@pytest.mark.parametrize(("runtime", "dtype"), [("tensorrt", "int8"), ("tensorrt", "float32"), ("openvino", "int8")])
+def test_precisions_without_a_graph_are_refused(tmp_path, runtime, dtype):
+    with pytest.raises(ExportError, match="expected"):
+        VerifierExport("m", tmp_path, dtype, runtime)

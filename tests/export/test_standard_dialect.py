@@ -1,0 +1,108 @@
+"""The standard dialect, run by ONNX Runtime on the CPU, against the reference's numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from artifacts import golden_arrays
+from drafters import golden_rounds
+from standard_graphs import (
+    Caches,
+    draft,
+    drafter_graphs,
+    drafter_tensors,
+    open_graph,
+    target_of,
+    verifier_graph,
+    verifier_tensors,
+    verify,
+)
+
+TOLERANCE = 1e-4
+NAMES = ("qwen3_vanilla", "qwen3_gated", "qwen3_rnn", "gemma4_vanilla")
+
+
+def tokens_of(name):
+    golden = golden_arrays(name)
+    return [*golden["prompt"].tolist(), *golden["greedy"].tolist()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_golden_logits_and_features_in_chunks_and_in_company(tmp_path, name):
+    golden, tokens = golden_arrays(name), tokens_of(name)
+    _, _, shared = target_of(name)
+    caches = Caches(open_graph(verifier_graph(name), tmp_path, "v.onnx"), slots=3)
+    # Row 1 has the golden text, in chunks of several sizes; row 2 another one beside it; row 0 takes no part.
+    logits, features, first = [], [], 0
+    for end in (7, 8, 13, 40, len(tokens)):
+        company = (2, first, [(token + 1) % 50 for token in tokens[first : min(end, first + 3)]])
+        found = verify(caches, shared, [(1, first, tokens[first:end]), company], view=min(end + 5, 128))
+        logits.append(found["logits"][: end - first])
+        features.append(found["features"][: end - first])
+        assert (found["argmax"] == found["logits"].argmax(axis=1)).all()
+        assert (found["top_logit"] == found["logits"].max(axis=1)).all()
+        first = end
+    np.testing.assert_allclose(np.concatenate(logits), golden["target_logits"], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(np.concatenate(features), golden["target_features"], rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_golden_round(tmp_path, name):
+    _, _, shared = target_of(name)
+    features = golden_arrays(name)["target_features"]
+    drafting, context = drafter_graphs(name)
+    caches = Caches(open_graph(drafting, tmp_path, "d.onnx"), slots=2)
+    through_context = open_graph(context, tmp_path, "c.onnx")
+    rounds = list(golden_rounds(name))
+    for round_ in rounds:
+        first = round_.first
+        if round_.start - first > 1:
+            # All but the last row come as a prompt's chunks do.
+            count = round_.start - 1 - first
+            update = np.tile(np.arange(count), (2, 1))
+            caches.run(
+                {
+                    "features": features[first : first + count],
+                    "context_positions": np.arange(first, first + count),
+                    "update_index": update,
+                    "write_starts": np.array([160 - count, first]),
+                },
+                through_context,
+            )
+            first += count
+        found = draft(caches, shared, features, first, round_.start, round_.anchor, 1, drafter_tensors(name).block_size)
+        assert found["tokens"][0].tolist() == round_.draft_tokens.tolist()
+        for key in ("hidden", "base_logits", "draft_logits", "confidence_logits"):
+            np.testing.assert_allclose(
+                found[key][0], getattr(round_, key), rtol=0, atol=TOLERANCE, err_msg=f"{key}, round {round_.index}"
+            )
+    assert len(rounds) == 9
+
+
+FORMS = [
+    ("float16", {}),
+    ("bfloat16", {}),
+    ("bfloat16", {"products": "int4"}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "form"), FORMS)
+@pytest.mark.parametrize("name", ["qwen3_rnn", "gemma4_vanilla"])
+def test_graphs_have_the_contracts_tensors_and_standard_operators_alone(name, dtype, form):
+    drafting, context = drafter_graphs(name, dtype, expose=False, **form)
+    tensors = drafter_tensors(name, dtype)
+    for model, specs in (
+        (verifier_graph(name, dtype, **form), verifier_tensors(name, dtype).specs),
+        (drafting, tensors.draft_specs),
+        (context, tensors.context_specs),
+    ):
+        assert set(model.graph.opset_imports) == {""}
+        assert {node.domain for node in model.graph} == {""}
+        found = {
+            value.name: (direction, str(value.dtype).lower(), tuple(getattr(d, "value", d) for d in value.shape))
+            for direction, values in (("input", model.graph.inputs), ("output", model.graph.outputs))
+            for value in values
+        }
+        spelt = {"float": "float32"}
+        found = {key: (way, spelt.get(kind, kind), shape) for key, (way, kind, shape) in found.items()}
+        assert found == {spec.name: (spec.direction, spec.dtype, spec.dims) for spec in specs}
