@@ -55,7 +55,7 @@ class TestConfig:
         fails(
             model,
             out,
-            "model_type: expected one of gemma3, .*, llama, qwen3, got 'rwkv'; this architecture is not supported",
+            "model_type: expected one of deepseek_v4, .*, qwen3, got 'rwkv'; this architecture is not supported",
         )
 
     @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps"])

@@ -14,14 +14,17 @@ from dspark_export.deepseek_v4 import Compression
 from dspark_export.graph.deepseek_v4.compressor import compress
 from dspark_export.graph.deepseek_v4.indexer import chosen_bias
 from dspark_export.graph.deepseek_v4.parts import Parts
-from dspark_export.graph.deepseek_v4.place import Place, bias
-from dspark_export.graph.deepseek_v4.rotation import rotate
-from dspark_export.graph.tape import CONTRIB
+from dspark_export.graph.deepseek_v4.place import MASKED, Place, bias
+from dspark_export.graph.deepseek_v4.products import mixture_of_rows, scores
+from dspark_export.graph.deepseek_v4.rotation import Rotation, rotate
+
+_SOFTMAX_BLOCK = 128
+"""A multiple of what any kernel adds at once; caches are multiples of it, too."""
 
 
 @dataclass(frozen=True)
 class Caches:
-    """Key and value cache of a layer, [R, 1, C, W]."""
+    """Key and value cache of a layer, [R, 1, C, W]: vectors and gates of compressors behind half a latent each."""
 
     keys: ir.Value
     values: ir.Value
@@ -29,10 +32,33 @@ class Caches:
 
 @dataclass(frozen=True)
 class _Series:
-    """Where a compressor's vectors and gates are: names of its projections, channels of both."""
+    """A compressor: the beginning of its tensors' names, and the channels of its entries."""
 
     name: str
     width: int
+
+
+@dataclass(frozen=True)
+class _Projected:
+    """What one product makes of the block's input."""
+
+    query_residual: ir.Value
+    """[B, query_rank], normed."""
+    latent: ir.Value
+    """[B, D]"""
+    vectors: list[ir.Value]
+    """[B, series * width] of every compressor."""
+    gates: list[ir.Value]
+    index_weights: ir.Value | None
+    """[B, index heads]"""
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Rows that tokens attend to, [R, 1, n, D], and what is added to their scores, [R, Q, 1, n]."""
+
+    rows: ir.Value
+    bias: ir.Value
 
 
 def attention(parts: Parts, layer: int, normed: ir.Value, caches: Caches, place: Place) -> tuple[ir.Value, Caches]:
@@ -41,45 +67,75 @@ def attention(parts: Parts, layer: int, normed: ir.Value, caches: Caches, place:
     heads, dim = decoder.attention.num_heads, decoder.attention.head_dim
     compression, turn = decoder.compressions[layer], place.rotations[decoder.layer_rope(layer)]
     series = _series(name, compression, dim)
-    count = 0 if compression is None else compression.series
-    indexer = None if compression is None else compression.indexer
-    names = [f"{name}.wq_a", f"{name}.wkv"]
-    names += [f"{one.name}.{kind}" for kind in ("wkv", "wgate") for one in series]
-    sizes = [decoder.query_rank, dim, *[count * one.width for one in series] * 2]
-    if indexer is not None:
-        names.append(f"{name}.indexer.weights_proj")
-        sizes.append(indexer.heads)
-    low, latent, *rest = parts.split(parts.product(normed, names, decoder.hidden_size), sizes)
-    residual = parts.norm(low, f"{name}.q_norm", decoder.query_rank)
-    query = parts.product(residual, (f"{name}.wq_b",), decoder.query_rank)
+    projected = _project(parts, name, compression, series, normed)
+    query = parts.product(projected.query_residual, (f"{name}.wq_b",), decoder.query_rank)
     query = rotate(parts, parts.unit_norm(tape.reshape(query, (-1, heads, dim)), dim), dim, turn)
-    latent = tape.reshape(parts.norm(latent, f"{name}.norm", dim), (-1, 1, dim))
+    latent = tape.reshape(parts.norm(projected.latent, f"{name}.norm", dim), (-1, 1, dim))
     halves = parts.split(rotate(parts, latent, dim, turn), [dim // 2, dim // 2])
-
-    widths = [dim // 2, *(count * one.width for one in series)]
-    own = [[halves[0], *rest[: len(series)]], [halves[1], *rest[len(series) : 2 * len(series)]]]
-    written = Caches(*(_write(parts, cache, place, rows) for cache, rows in zip(_both(caches), own, strict=True)))
-    stored = [parts.split(cache, widths) for cache in _both(written)]
-    latents = tape.op("Concat", stored[0][0], stored[1][0], axis=-1)  # [R, 1, C, D]
-
-    entries, entry_bias = None, None
+    written = Caches(
+        _write(parts, caches.keys, place, halves[0], projected.vectors),
+        _write(parts, caches.values, place, halves[1], projected.gates),
+    )
+    widths = [dim // 2, *(_count(compression) * one.width for one in series)]
+    first, *vectors = parts.split(written.keys, widths)
+    second, *gates = parts.split(written.values, widths)
+    seen = [_Seen(tape.op("Concat", first, second, axis=-1), place.window_bias)]
     if compression is not None:
-        where = place.entries[compression.rate]
-        made = [
-            compress(parts, one.name, compression, one.width, stored[0][index], stored[1][index], where)
-            for index, one in enumerate(series, start=1)
+        entries = [
+            compress(parts, one.name, compression, one.width, *rows, place.entries[compression.rate])
+            for one, rows in zip(series, zip(vectors, gates, strict=True), strict=True)
         ]
-        entries = tape.op("Unsqueeze", made[0], tape.constant([1]))  # [R, 1, T, D]
-        if indexer is None:
-            seen = bias(parts.dialect, where.ready)
-        else:
-            seen = chosen_bias(
-                parts, f"{name}.indexer", indexer, residual, rest[-1], made[1], turn, where, place
-            )  # fmt: skip
-        entry_bias = tape.op("Unsqueeze", seen, tape.constant([2]))
-    mixed = _attend(parts, name, query, latents, entries, entry_bias, place)
+        seen.append(_seen_entries(parts, name, compression, entries, projected, turn, place))
+    mixed = _attend(parts, name, query, seen, place)
     # Values were rotated with the keys they are; turned back, they depend on the distance alone.
     return _output(parts, name, rotate(parts, mixed, dim, turn, back=True)), written
+
+
+def _project(
+    parts: Parts, name: str, compression: Compression | None, series: list[_Series], normed: ir.Value
+) -> _Projected:
+    decoder, count = parts.decoder, len(series)
+    names = [f"{name}.wq_a", f"{name}.wkv"]
+    names += [f"{one.name}.{kind}" for kind in ("wkv", "wgate") for one in series]
+    sizes = [decoder.query_rank, decoder.attention.head_dim]
+    sizes += [_count(compression) * one.width for one in series] * 2
+    if compression is not None and compression.indexer is not None:
+        names.append(f"{name}.indexer.weights_proj")
+        sizes.append(compression.indexer.heads)
+    low, latent, *rest = parts.split(parts.product(normed, names, decoder.hidden_size), sizes)
+    return _Projected(
+        query_residual=parts.norm(low, f"{name}.q_norm", decoder.query_rank),
+        latent=latent,
+        vectors=rest[:count],
+        gates=rest[count : 2 * count],
+        index_weights=rest[2 * count] if len(rest) > 2 * count else None,
+    )
+
+
+def _seen_entries(
+    parts: Parts,
+    name: str,
+    compression: Compression,
+    entries: list[ir.Value],
+    projected: _Projected,
+    turn: Rotation,
+    place: Place,
+) -> _Seen:
+    """``entries``: [R, T, .] of the layer's compressor and, where it has one, of its indexer's."""
+    where = place.entries[compression.rate]
+    if compression.indexer is None or projected.index_weights is None:
+        added = bias(parts.dialect, where.ready)
+    else:
+        added = chosen_bias(
+            parts, f"{name}.indexer", compression.indexer,
+            projected.query_residual, projected.index_weights, entries[1], turn, where, place,
+        )  # fmt: skip
+    one, two = parts.tape.constant([1]), parts.tape.constant([2])
+    return _Seen(parts.tape.op("Unsqueeze", entries[0], one), parts.tape.op("Unsqueeze", added, two))
+
+
+def _count(compression: Compression | None) -> int:
+    return 0 if compression is None else compression.series
 
 
 def _series(name: str, compression: Compression | None, dim: int) -> list[_Series]:
@@ -91,52 +147,51 @@ def _series(name: str, compression: Compression | None, dim: int) -> list[_Serie
     return [own, _Series(f"{name}.indexer.compressor", compression.indexer.head_dim)]
 
 
-def _both(caches: Caches) -> tuple[ir.Value, ir.Value]:
-    return caches.keys, caches.values
-
-
-def _write(parts: Parts, cache: ir.Value, place: Place, rows: list[ir.Value]) -> ir.Value:
-    """The cache with new rows: the first of them [B, 1, .], the others [B, .]."""
+def _write(parts: Parts, cache: ir.Value, place: Place, half: ir.Value, others: list[ir.Value]) -> ir.Value:
+    """The cache with new rows: half a latent [B, 1, D / 2], then the others [B, .]."""
     tape = parts.tape
-    first, *others = rows
-    joined = first
     if others:
         lifted = [tape.op("Unsqueeze", value, tape.constant([1])) for value in others]
-        joined = tape.op("Concat", first, *lifted, axis=-1)
-    return parts.dialect.write(cache, place.placement, joined)
+        half = tape.op("Concat", half, *lifted, axis=-1)
+    return parts.dialect.write(cache, place.placement, half)
 
 
-def _attend(
-    parts: Parts,
-    name: str,
-    query: ir.Value,
-    latents: ir.Value,
-    entries: ir.Value | None,
-    entry_bias: ir.Value | None,
-    place: Place,
-) -> ir.Value:
-    """[B, heads, D] over latents [R, 1, C, D] and entries [R, 1, T, D], with a sink a head that takes weight from both."""
+def _attend(parts: Parts, name: str, query: ir.Value, seen: list[_Seen], place: Place) -> ir.Value:
+    """[B, heads, D] -> [B, heads, D], over all that is seen and a sink a head, which takes weight and gives nothing."""
     tape, shape = parts.tape, parts.decoder.attention
     grid = tape.op("Gather", query, place.query_index, axis=0)  # [R, Q, heads, D]
-    keys, biases = [latents], [place.window_bias]
-    if entries is not None and entry_bias is not None:
-        keys, biases = [latents, entries], [place.window_bias, entry_bias]
-    scores = [
-        tape.op("Add", tape.op("FusedMatMul", grid, key, domain=CONTRIB, transB=1, alpha=shape.scale), added)
-        for key, added in zip(keys, biases, strict=True)
+    seen_scores = [tape.op("Add", scores(parts, grid, one.rows, shape.head_dim, shape.scale), one.bias) for one in seen]
+    lengths = [tape.op("Shape", one.rows, start=2, end=3) for one in seen]
+    sinks, count = _sinks(parts, name, lengths[1:], place)
+    weights = tape.op("Softmax", tape.op("Concat", *seen_scores, sinks, axis=-1), axis=-1)
+    sizes = tape.op("Concat", *lengths, count, axis=0)
+    *shares, _ = tape.op("Split", weights, sizes, outputs=len(seen) + 1, axis=-1)
+    # A product for each, so that a longer cache adds to the end of both sums alone.
+    mixed, *others = [
+        mixture_of_rows(parts, share, one.rows, shape.num_heads, shape.head_dim)
+        for share, one in zip(shares, seen, strict=True)
     ]
-    sinks = parts.exact(f"{name}.attn_sink", (shape.num_heads, 1), lambda stored: stored.reshape(-1, 1))
-    places = tape.op("Shape", place.query_index)
-    sinks = tape.op("Expand", sinks, tape.op("Concat", places, tape.constant([shape.num_heads, 1]), axis=0))
-    weights = tape.op("Softmax", tape.op("Concat", *scores, sinks, axis=-1), axis=-1)
-    lengths = [tape.op("Shape", key, start=2, end=3) for key in keys]
-    sizes = tape.op("Concat", *lengths, tape.constant([1]), axis=0)
-    own = tape.op("Split", weights, sizes, outputs=len(keys) + 1, axis=-1)[:-1]
-    parts_of = [tape.op("MatMul", weight, key) for weight, key in zip(own, keys, strict=True)]
-    mixed = parts_of[0] if len(parts_of) == 1 else tape.op("Add", *parts_of)
-    rows = tape.reshape(mixed, (-1, shape.num_heads, shape.head_dim))
-    back: ir.Value = tape.op("Gather", rows, place.output_rows, axis=0)
+    for other in others:
+        mixed = tape.op("Add", mixed, other)
+    back: ir.Value = tape.op("Gather", mixed, place.output_rows, axis=0)
     return back
+
+
+def _sinks(parts: Parts, name: str, lengths: list[ir.Value], place: Place) -> tuple[ir.Value, ir.Value]:
+    """(scores of the sinks [R, Q, heads, n], each the last of n, hugely negative before it; n, int64 [1])
+
+    ``lengths``: int64 [1] of the entries that stand before them. They and the sinks fill blocks of 128: the kernel of
+    softmax adds what is left behind the last whole block in another order.
+    """
+    tape, heads = parts.tape, parts.decoder.attention.num_heads
+    before = tape.constant([_SOFTMAX_BLOCK - 1])
+    for length in lengths:
+        before = tape.op("Sub", before, tape.op("Mod", length, tape.constant([_SOFTMAX_BLOCK])))
+    scores = parts.exact(f"{name}.attn_sink", (heads, 1), lambda stored: stored.reshape(-1, 1))
+    shape = tape.op("Concat", tape.op("Shape", place.query_index), tape.constant([heads, 1]), axis=0)
+    pads = tape.op("Concat", tape.constant([0] * 3), before, tape.constant([0] * 4), axis=0)
+    hidden = tape.constant(MASKED, np.float32)
+    return tape.op("Pad", tape.op("Expand", scores, shape), pads, hidden), tape.op("Add", before, tape.constant([1]))
 
 
 def _output(parts: Parts, name: str, mixed: ir.Value) -> ir.Value:
@@ -145,14 +200,16 @@ def _output(parts: Parts, name: str, mixed: ir.Value) -> ir.Value:
     groups, rank = decoder.output_groups, decoder.output_rank
     width = decoder.attention.num_heads * decoder.attention.head_dim // groups
     inputs = parts.split(tape.reshape(mixed, (-1, groups * width)), [width] * groups)
-    low = []
-    for group, value in enumerate(inputs):
-        rows = slice(group * rank, (group + 1) * rank)
-        weight = tape.weight(
-            f"{name}.wo_a.weight.{group}",
-            (width, rank),
-            lambda rows=rows: np.transpose(parts.weights.read(f"{name}.wo_a.weight")[rows]),
-        )
-        low.append(tape.op("MatMul", value, weight))
+    low = [
+        tape.op("MatMul", value, _group_weight(parts, f"{name}.wo_a.weight", group, width))
+        for group, value in enumerate(inputs)
+    ]
     joined = low[0] if groups == 1 else tape.op("Concat", *low, axis=1)
     return parts.product(joined, (f"{name}.wo_b",), groups * rank)
+
+
+def _group_weight(parts: Parts, name: str, group: int, width: int) -> ir.Value:
+    """[width, rank] of one group, stored as rows of [groups * rank, width]."""
+    rank = parts.decoder.output_rank
+    rows = slice(group * rank, (group + 1) * rank)
+    return parts.tape.weight(f"{name}.{group}", (width, rank), lambda: parts.weights.read(name)[rows].T)

@@ -31,7 +31,9 @@ def compress(
         # Nothing stands before the first entry.
         gates = _with_earlier(parts, gates, width, -np.inf)
     weights = tape.op("Softmax", gates, axis=2)
-    mean = tape.op("ReduceSum", tape.op("Mul", vectors, weights), tape.constant([2]), keepdims=0)
+    # A product with ones: a reduction is shared out among threads by how many entries there are.
+    summed = tape.op("MatMul", parts.ones(1, 1, 1, series * rate), tape.op("Mul", vectors, weights))
+    mean = tape.op("Squeeze", summed, tape.constant([2]))
     return rotate(parts, parts.norm(mean, f"{name}.norm", width), width, entries.rotation)
 
 

@@ -8,8 +8,8 @@ import onnx_ir as ir
 from dspark_export.deepseek_v4 import Indexer
 from dspark_export.graph.deepseek_v4.parts import Parts
 from dspark_export.graph.deepseek_v4.place import Entries, Place, bias
+from dspark_export.graph.deepseek_v4.products import scores
 from dspark_export.graph.deepseek_v4.rotation import Rotation, rotate
-from dspark_export.graph.tape import CONTRIB
 
 
 def chosen_bias(
@@ -34,16 +34,15 @@ def chosen_bias(
     query = rotate(parts, tape.reshape(query, (-1, heads, dim)), dim, turn)
     query = tape.op("Gather", query, place.query_index, axis=0)  # [R, Q, heads, dim]
     keys = tape.op("Unsqueeze", keys, tape.constant([1]))
-    products = tape.op("Relu", tape.op("FusedMatMul", query, keys, domain=CONTRIB, transB=1))
-    products = tape.op("Mul", products, tape.number(dim**-0.5))
+    products = tape.op("Relu", scores(parts, query, keys, dim, dim**-0.5))
     weights = tape.op("Gather", head_weights, place.query_index, axis=0)
     weights = tape.op("Mul", tape.op("Unsqueeze", weights, tape.constant([2])), tape.number(heads**-0.5))
-    scores = tape.op("Squeeze", tape.op("MatMul", weights, products), tape.constant([2]))  # [R, Q, T]
-    scores = tape.op("Where", entries.ready, scores, tape.constant(-np.inf, np.float32))
-    length = tape.op("Shape", scores, start=2, end=3)
+    ranked = tape.op("Squeeze", tape.op("MatMul", weights, products), tape.constant([2]))  # [R, Q, T]
+    ranked = tape.op("Where", entries.ready, ranked, tape.constant(-np.inf, np.float32))
+    length = tape.op("Shape", ranked, start=2, end=3)
     best = tape.op("Min", length, tape.constant([indexer.top_k]))
-    _, index = tape.op("TopK", scores, best, outputs=2, axis=-1)
-    nothing = tape.op("Expand", tape.constant(False, np.bool_), tape.op("Shape", scores))
+    _, index = tape.op("TopK", ranked, best, outputs=2, axis=-1)
+    nothing = tape.op("Expand", tape.constant(False, np.bool_), tape.op("Shape", ranked))
     shape = tape.op("Shape", index)
     chosen = tape.op("ScatterElements", nothing, index, tape.op("Expand", tape.constant(True, np.bool_), shape), axis=2)
     # Where fewer entries are ready than may be chosen, others filled the places.

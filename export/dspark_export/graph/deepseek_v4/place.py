@@ -15,6 +15,9 @@ from dspark_export.graph.deepseek_v4.rotation import Rotation, rotation
 from dspark_export.graph.layout import RaggedInputs
 from dspark_export.graph.ort_dialect import OrtDialect
 
+MASKED = np.finfo(np.float32).min
+"""Score of what is not seen."""
+
 
 @dataclass(frozen=True)
 class Entries:
@@ -94,7 +97,7 @@ def place(
 def bias(dialect: OrtDialect, visible: ir.Value) -> ir.Value:
     """0 where ``visible``, hugely negative elsewhere; float32, same shape."""
     tape = dialect.tape
-    hidden = tape.constant(np.finfo(np.float32).min, np.float32)
+    hidden = tape.constant(MASKED, np.float32)
     made: ir.Value = tape.op("Where", visible, tape.constant(0.0, np.float32), hidden)
     return made
 

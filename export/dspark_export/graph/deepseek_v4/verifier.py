@@ -1,8 +1,9 @@
 """The whole verifier of a DeepSeek-V4 model, with the inputs and outputs of every other verifier graph.
 
-Features are the mean over the residual streams behind a tapped layer: so does the reference code of the checkpoints
-with a DSpark drafter (layers 40 to 42 of 43, ``h.mean(dim=2)`` after the layer), and vLLM after it. DeepSeek-V4.1, which
-is not built here, reads the streams *before* its layers.
+Features are the mean over the residual streams behind a tapped layer. So quote public accounts the reference code of
+the checkpoints with a DSpark drafter (layers 40 to 42 of 43: ``h = layer(h, ...)``, then ``h.mean(dim=2)``), and vLLM
+takes the mean as well; no released drafter was run on these features here. DeepSeek-V4.1, which is not built, reads the
+streams *before* its layers.
 """
 
 from __future__ import annotations
