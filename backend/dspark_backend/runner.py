@@ -21,6 +21,7 @@ from dspark_backend.speculation import Drafting
 from dspark_backend.stages.artifact import VerifierArtifact
 from dspark_backend.stages.protocol import DrafterStage, VerifierStage
 from dspark_backend.stages.registry import open_drafter, open_verifier
+from dspark_backend.stages.tensorrt.limits import check_engines
 from dspark_backend.telemetry import RoundObserver
 from dspark_backend.tokenizer import Tokenizer, TokenizerSettings
 
@@ -68,6 +69,8 @@ class EngineRunner:
             DSparkError: the settings do not fit the artifact.
         """
         verifier = open_verifier(config.verifier, config.stages)
+        if config.drafter is None:
+            check_engines(verifier.artifact, None, config.max_slots, config.prefill_chunk)
         drafting = load_drafting(config, verifier) if config.drafter is not None else None
         return cls(verifier, load_tokenizer(config, verifier.artifact), config, drafting, observer)
 
@@ -177,10 +180,12 @@ def load_drafting(config: EngineConfig, verifier: VerifierStage) -> Drafting:
 
     Raises:
         ArtifactError: the drafter is missing, corrupt or of another verifier, or its calibration is damaged.
+        ConfigError: engines are built for fewer slots or a smaller chunk of a prompt than the settings say.
     """
     assert config.drafter is not None
     drafter = open_drafter(config.drafter, config.verifier, config.stages)
     artifact = drafter.artifact
+    check_engines(verifier.artifact, artifact, config.max_slots, config.prefill_chunk)
     calibration = load_calibration(config.drafter, artifact.block_size, artifact.source_hash)
     plan = ProfilePlan(max_slots=config.max_slots, max_seconds=config.profile_seconds)
     key = fingerprint(verifier.artifact, artifact, config.threads, plan, config.provider)

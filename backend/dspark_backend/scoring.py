@@ -13,6 +13,7 @@ from dspark_backend.kv_cache import capacity_for
 from dspark_backend.sampling import log_probability
 from dspark_backend.stages.batch import FloatArray, IntArray, Segment, StepBatch
 from dspark_backend.stages.protocol import VerifierStage
+from dspark_backend.stages.tensorrt.limits import largest_scored
 
 CHUNK = 256
 
@@ -45,8 +46,9 @@ def score(stage: VerifierStage, token_ids: Sequence[int], want_logits: bool) -> 
     argmax = np.empty(count, dtype=np.int64)
     log_probs = np.zeros(count)
     logits = np.empty((count, artifact.vocab_size), dtype=np.float32) if want_logits else None
-    for start in range(0, count, CHUNK):
-        piece = token_ids[start : start + CHUNK]
+    chunk = largest_scored(artifact, CHUNK)
+    for start in range(0, count, chunk):
+        piece = token_ids[start : start + chunk]
         end = start + len(piece)
         output = stage.step(StepBatch.pack([Segment(0, start, piece, 0)]))
         argmax[start:end] = output.argmax

@@ -9,20 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dspark_backend.stages.engine_contract import Workload
+from dspark_backend.stages.engine_contract import COMPUTE_DTYPES, Workload
 from dspark_export.decoder import Decoder
 from dspark_export.deepseek_v4 import DeepSeekV4
 from dspark_export.drafter_spec import DrafterSpec
+from dspark_export.engine.builder import FIRST_FP8
 from dspark_export.errors import ExportError
 from dspark_export.gpus import Gpu
-from dspark_export.parameters import ParameterCount, count_drafter, count_target
+from dspark_export.graph.standard_linear import INT4_BLOCK
+from dspark_export.parameters import Matrix, ParameterCount, context_matrices, count_drafter, count_target
+from dspark_export.tensorrt_graphs import TENSORRT_DTYPES
 
 Precision = Literal["float32", "float16", "bfloat16", "int8", "fp8", "int4"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16", "int8", "fp8", "int4")
 
 CHECKPOINT_BYTES = 2
 """Released checkpoints are bfloat16."""
-INT4_GROUP = 128
+FIRST_BFLOAT16 = 80
+"""Compute capability from which engines compute in bfloat16, as those of fp8 and int4 do between their products."""
 PREFILL_TOKENS = 512
 RESERVED = 0.08
 """Share of a GPU's memory that the driver, the libraries and fragmentation take."""
@@ -32,21 +36,20 @@ RESERVED = 0.08
 class _Storage:
     """Bytes a number of each kind."""
 
-    product: float
     table: int
-    """Embedding and LM head."""
+    """Embedding, LM head, and whatever a precision leaves as it is."""
     cache: int
     """Keys and values."""
 
 
 _STORAGE: dict[Precision, _Storage] = {
-    "float32": _Storage(4, 4, 4),
-    "float16": _Storage(2, 2, 2),
-    "bfloat16": _Storage(2, 2, 2),
+    "float32": _Storage(4, 4),
+    "float16": _Storage(2, 2),
+    "bfloat16": _Storage(2, 2),
     # Of the CPU runtime: its head is int8 too, with a bfloat16 copy for the drafter, and the rest float32.
-    "int8": _Storage(1, 4, 4),
-    "fp8": _Storage(1, 2, 2),
-    "int4": _Storage(0.5 + 2 / INT4_GROUP, 2, 2),
+    "int8": _Storage(4, 4),
+    "fp8": _Storage(2, 2),
+    "int4": _Storage(2, 2),
 }
 
 
@@ -62,7 +65,8 @@ class ModelSize:
     download_bytes: int
     artifact_bytes: int
     engine_bytes: int
-    """A TensorRT engine holds the weights once more; without embedding and LM head, which the artifact keeps."""
+    """The directory with TensorRT engines holds all weights once more: its embedding and LM head are a copy. 0 for a
+    precision without engines."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +110,31 @@ class Plan:
         return self.target.cache_bytes_per_token + (self.drafter.cache_bytes_per_token if self.drafter else 0)
 
 
+def matrix_bytes(matrix: Matrix, precision: Precision) -> int:
+    """Bytes of a product's weights and their scales. What a precision does not reach keeps the compute dtype: in fp8
+    products that read no norm, in int4 those whose blocks of input channels are not full."""
+    table, size = _STORAGE[precision].table, matrix.size
+    if matrix.reads == "table":
+        return size * table
+    if precision == "int8":
+        return size + 4 * matrix.width
+    if precision == "fp8" and matrix.reads == "norm":
+        return size + table * matrix.width
+    if precision == "int4" and matrix.inner % INT4_BLOCK == 0 and matrix.width % 2 == 0:
+        return size // 2 + table * size // INT4_BLOCK
+    return size * table
+
+
 def weight_bytes(count: ParameterCount, precision: Precision, shared: bool = False) -> int:
     """Bytes of a model's weights in memory. ``shared``: embedding and head are another model's (a drafter's are)."""
-    storage = _STORAGE[precision]
-    inside = count.products * storage.product + count.other * (4 if precision == "int8" else storage.table)
+    table = _STORAGE[precision].table
+    inside = sum(matrix_bytes(matrix, precision) for matrix in count.matrices) + count.other * table
     if shared:
-        return round(inside)
+        return inside
     if precision == "int8":
         # A head product in int8 and, unless the embedding serves, the drafter's copy of it in bfloat16.
-        return round(inside + 4 * count.embedding + count.head * (1 if count.tied else 3))
-    return round(inside + storage.table * (count.embedding + (0 if count.tied else count.head)))
+        return inside + 4 * count.embedding + count.head * (1 if count.tied else 3)
+    return inside + table * (count.embedding + (0 if count.tied else count.head))
 
 
 def cache_bytes_per_token(decoder: Decoder, precision: Precision) -> int:
@@ -174,12 +193,8 @@ def _check(decoder: Decoder, drafter: DrafterSpec | None, precision: Precision, 
         raise ExportError(f"--dtype: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not 2 <= context <= decoder.max_position:
         raise ExportError(f"--context: expected 2 to the model's {decoder.max_position}, got {context}")
-    capability = gpu.compute_capability if gpu else None
-    if precision == "fp8" and capability is not None and capability < 89:
-        raise ExportError(
-            f"--dtype fp8: expected a GPU from SM89 on, got {gpu.name if gpu else ''} (SM{capability}); take float16, "
-            "or int4"
-        )
+    if gpu is not None:
+        _check_gpu(precision, gpu)
     if drafter is None:
         return
     for what, own, other in (
@@ -195,6 +210,18 @@ def _check(decoder: Decoder, drafter: DrafterSpec | None, precision: Precision, 
         )
 
 
+def _check_gpu(precision: Precision, gpu: Gpu) -> None:
+    capability = gpu.compute_capability
+    if capability is None:
+        return
+    least = FIRST_FP8 if precision == "fp8" else FIRST_BFLOAT16 if COMPUTE_DTYPES.get(precision) == "bfloat16" else 0
+    if capability < least:
+        others = "float16, bfloat16 or int4" if capability >= FIRST_BFLOAT16 else "float16"
+        raise ExportError(
+            f"--dtype {precision}: expected a GPU from SM{least} on, got {gpu.name} (SM{capability}); take {others}"
+        )
+
+
 def _target_size(decoder: Decoder, precision: Precision) -> ModelSize:
     count = count_target(decoder)
     held = weight_bytes(count, precision)
@@ -204,7 +231,7 @@ def _target_size(decoder: Decoder, precision: Precision) -> ModelSize:
         cache_bytes_per_token=cache_bytes_per_token(decoder, precision),
         download_bytes=count.total * CHECKPOINT_BYTES,
         artifact_bytes=held,
-        engine_bytes=weight_bytes(count, precision, shared=True) if precision != "int8" else 0,
+        engine_bytes=held if precision in TENSORRT_DTYPES else 0,
     )
 
 
@@ -218,15 +245,14 @@ def drafter_size(spec: DrafterSpec, precision: Precision) -> ModelSize:
         cache_bytes_per_token=cache_bytes_per_token(spec.decoder, precision),
         download_bytes=count.total * CHECKPOINT_BYTES,
         artifact_bytes=stored[precision],
-        engine_bytes=stored[precision] if precision != "int8" else 0,
+        engine_bytes=stored[precision] if precision in TENSORRT_DTYPES else 0,
     )
 
 
 def _context_copy(spec: DrafterSpec, precision: Precision) -> int:
-    """The context graph has fc and the key and value projections of its own."""
-    decoder = spec.decoder
-    keys = sum(2 * heads * channels for heads, channels in decoder.cache_shapes) * decoder.hidden_size
-    return round((decoder.hidden_size * spec.feature_size + keys) * _STORAGE[precision].product)
+    """Both graphs project the context's keys and values by a product of their own, and both have fc."""
+    features, context = (matrix_bytes(matrix, precision) for matrix in context_matrices(spec))
+    return features + 2 * context
 
 
 def _own_head(spec: DrafterSpec, precision: Precision) -> int:

@@ -33,6 +33,8 @@ VERIFIER_GRAPH = "verifier.onnx"
 DRAFT_GRAPH = "draft.onnx"
 CONTEXT_GRAPH = "context.onnx"
 SHARED_FILE = "shared.bin"
+_LONGEST_BLOCK = 16
+"""Drafts a round that a verifier's caches have room for; its drafter is not known yet."""
 
 _PRODUCTS: dict[str, Products] = {"fp8": "fp8", "int4": "int4"}
 
@@ -55,7 +57,7 @@ def write_verifier_graph(
     progress: Callable[[float], None],
 ) -> tuple[TensorLocation, TensorLocation, EngineInfo]:
     """Write graph and shared matrices. Returns where embedding and head are, and what an engine has to know."""
-    work = Workload(max_context)
+    work = Workload(max_context, block_size=_LONGEST_BLOCK)
     scales = norm_scales(decoder, weights, "model.layers.") if dtype == "fp8" else {}
     form = StandardForm(work.capacity, _PRODUCTS.get(dtype, "plain"), scales)
     compute = COMPUTE_DTYPES[dtype]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from drafters import export_golden_drafter
@@ -14,7 +15,7 @@ from dspark_backend.config import EngineConfig
 from dspark_backend.errors import ArtifactError, ConfigError
 from dspark_backend.runner import EngineRunner
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
-from dspark_backend.stages.providers import check_available, check_started, session_providers
+from dspark_backend.stages.providers import check_available, check_started, load_libraries, session_providers
 from dspark_backend.stages.registry import open_drafter, open_verifier
 from dspark_backend.stages.settings import StageSettings
 
@@ -51,10 +52,17 @@ def test_a_provider_that_was_not_built_in():
 
 def test_a_provider_that_did_not_start():
     check_started("cuda", GPU_BUILD[1:])
-    with pytest.raises(ConfigError, match=r"expected cuda, but it did not start .*CUDA 12 and cuDNN 9"):
+    with pytest.raises(ConfigError, match=r"expected cuda, but it did not start .*CUDA 13 and cuDNN 9"):
         check_started("cuda", CPU_ALONE)
     with pytest.raises(ConfigError, match=r"expected tensorrt, .*TensorRT 10"):
         check_started("tensorrt", GPU_BUILD[1:])
+
+
+def test_libraries_are_loaded_where_the_runtime_can():
+    asked = []
+    load_libraries(SimpleNamespace(preload_dlls=lambda: asked.append("all")))
+    load_libraries(SimpleNamespace())
+    assert asked == ["all"]
 
 
 def test_what_a_session_is_asked_for():

@@ -152,6 +152,9 @@ class TestVerifierScatter:
                 assert arrays["positions"][token] == start + column
                 token += 1
             assert min(position for at, position in found if at == row) == start
+        owner = np.repeat([slot - view.first for slot, _, _ in chosen], [n for _, _, n in chosen])
+        busy = set(owner.tolist())
+        assert all(owner[index] == row for (row, _), index in found.items() if row in busy), "another request's rows"
         idle = set(range(view.count)) - {slot - view.first for slot, _, _ in chosen}
         assert all(position >= capacity - sizes["Q"] for row, position in found if row in idle)
         for name, array in arrays.items():
@@ -191,7 +194,7 @@ class TestDraftScatter:
         fill_draft(arrays, draft_of(context, [4, 2], [30, 10], 3), View(2, 4), sizes, 50)
         assert arrays["write_starts"].tolist() == [7, 42, 30, 20]
         assert arrays["update_index"].tolist() == [
-            [0, 2, 4, 9, 10, 11, 0, 0], [0] * 8, [6, 7, 8, 0, 0, 0, 0, 0], [1, 3, 0, 0, 0, 0, 0, 0],
+            [0, 2, 4, 9, 10, 11, 11, 11], [0] * 8, [6, 7, 8, 8, 8, 8, 8, 8], [1, 3, 3, 3, 3, 3, 3, 3],
         ]  # fmt: skip
         assert arrays["query_index"].tolist() == [[3, 4, 5], [0, 0, 0], [0, 1, 2], [0, 0, 0]]
         assert arrays["block_rows"].tolist() == [2, 0, 0] and arrays["anchors"].tolist() == [40, 41, 0]

@@ -5,6 +5,7 @@ Everything but the calls of TensorRT and CUDA: buffers, profiles, scatter plans,
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import artifacts
@@ -16,16 +17,24 @@ from host_device import HostDevice
 from host_engines import HostOpener
 from speculation import CHEAP, SpeculatingDriver
 
+from dspark_backend import runner
 from dspark_backend.calibration import Calibration
+from dspark_backend.config import EngineConfig
 from dspark_backend.engine import Engine
 from dspark_backend.errors import ConfigError, InternalError
+from dspark_backend.profile_grid import ProfilePlan
+from dspark_backend.profiling import measure
+from dspark_backend.scoring import score
 from dspark_backend.speculation import Drafting
 from dspark_backend.stages.batch import RowMove, Segment, StepBatch
 from dspark_backend.stages.draft_batch import ContextRows
-from dspark_backend.stages.engine_contract import DRAFT_ENGINE, VERIFIER_ENGINE
+from dspark_backend.stages.engine_contract import COMPUTE_DTYPES, DRAFT_ENGINE, VERIFIER_ENGINE
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
 from dspark_backend.stages.rows import joined
 from dspark_backend.stages.settings import StageSettings
+from dspark_backend.stages.shared_weights import SHARED_EMBEDDING
+from dspark_backend.stages.tensorrt.limits import check_engines
+from dspark_backend.stages.tensorrt.plan import ITEM_BYTES
 from dspark_backend.stages.tensorrt_drafter import TensorRtDrafter
 from dspark_backend.stages.tensorrt_verifier import TensorRtVerifier
 from dspark_export.drafter import DrafterExport, export_drafter
@@ -142,6 +151,69 @@ def test_a_step_that_no_profile_holds(verifier):
         verifier.step(StepBatch.pack([Segment(0, 0, [1] * 65, 65)]))
 
 
+def test_rows_that_are_not_finite_stay_with_their_request(verifier, opener):
+    artifact = verifier.artifact
+    table = opener.device.array(
+        verifier._shared[SHARED_EMBEDDING].address, (artifact.vocab_size, artifact.hidden_size), np.float16
+    )
+    table[7] = np.nan
+    verifier.allocate(2, 128, ())
+    features = np.asarray(verifier.step(StepBatch.pack([Segment(0, 0, [7] * 5, 0), Segment(1, 0, [1, 2], 0)])).features)
+    assert np.isnan(features[:5]).all() and np.isfinite(features[5:]).all()
+    # What was written behind the second one's rows is seen in the next step, under the mask.
+    batch = StepBatch.pack([Segment(0, 5, [7], 0), Segment(1, 2, [4], 0)])
+    assert np.isfinite(np.asarray(verifier.step(batch).features)[1]).all()
+
+
+def test_scoring_in_steps_that_the_engine_holds(exported, reference):
+    stage = TensorRtVerifier(exported[0], StageSettings(), HostOpener(HostDevice(), slots=3, prefill_chunk=16))
+    tokens = np.random.default_rng(4).integers(0, 300, 50).tolist()
+    found, expected = score(stage, tokens, True), score(reference, tokens, True)
+    np.testing.assert_allclose(found.logits, expected.logits, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=0, atol=2 * TOLERANCE)
+
+
+def test_the_cost_model_is_measured_with_all_slots_of_the_engine(exported):
+    opener = HostOpener(HostDevice(), slots=2)
+    verifier = TensorRtVerifier(exported[0], StageSettings(), opener)
+    drafter = TensorRtDrafter(exported[1], exported[0], StageSettings(), opener)
+    plan = ProfilePlan(max_slots=2, capacities=(128,), repetitions=1)
+    model = measure(verifier, drafter, plan, artifacts.silent)
+    assert {curve.num_requests for curve in model.verify} == {curve.num_requests for curve in model.draft} == {1, 2}
+
+
+def test_engines_that_are_too_small_are_refused_at_the_load(exported, verifier, opener, monkeypatch):
+    drafter = TensorRtDrafter(exported[1], exported[0], StageSettings(), opener)
+    check_engines(verifier.artifact, drafter.artifact, 10, 64)
+    wide = dataclasses.replace(drafter.artifact, block_size=8)
+    with pytest.raises(ConfigError, match=r"10 requests with 8 drafts each .*B=90.*Q=9.*block_size=8"):
+        check_engines(verifier.artifact, wide, 10, 64)
+    few = [dataclasses.replace(one, ranges=one.ranges | {"D": (1, 1, 9)}) for one in drafter.artifact.engine.profiles
+           if one.engine == DRAFT_ENGINE]  # fmt: skip
+    narrow = dataclasses.replace(drafter.artifact.engine, profiles=tuple(few))
+    with pytest.raises(ConfigError, match=r"max_slots: .*draft\.engine for blocks of 10 requests"):
+        check_engines(verifier.artifact, dataclasses.replace(drafter.artifact, engine=narrow), 10, 64)
+    monkeypatch.setattr(runner, "open_verifier", lambda *_: verifier)
+    monkeypatch.setattr(runner, "open_drafter", lambda *_: drafter)
+    for pair in ({}, {"drafter": exported[1]}):
+        for sizes, message in (
+            (
+                {"max_slots": 200, "prefill_chunk": 64},
+                "max_slots: expected a profile of verifier.engine for 200 requests",
+            ),
+            ({"max_slots": 8, "prefill_chunk": 65}, "prefill_chunk: .* Q=64; lower prefill_chunk, or build .*chunk=65"),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                runner.EngineRunner.open(EngineConfig(verifier=exported[0], **sizes, **pair))
+
+
+@pytest.mark.parametrize("dtype", COMPUTE_DTYPES)
+def test_cache_rows_count_as_the_engine_stores_them(verifier, dtype):
+    item = ITEM_BYTES[COMPUTE_DTYPES[dtype]]
+    artifact = dataclasses.replace(verifier.artifact, dtype=dtype)
+    assert artifact.cache_bytes_per_token == sum(2 * heads * size * item for heads, size in artifact.cache_shapes)
+
+
 def test_closing_gives_everything_back(exported, opener):
     verifier = TensorRtVerifier(exported[0], StageSettings(), opener)
     drafter = TensorRtDrafter(exported[1], exported[0], StageSettings(), opener)
@@ -177,6 +249,19 @@ class TestDrafter:
             matched += int((output.tokens[0] == round_.draft_tokens).sum())
             total += output.tokens.size
         assert matched > 0.9 * total
+
+    def test_context_that_is_not_finite_stays_with_its_request(self, drafter):
+        width = drafter.artifact.hidden_size * len(drafter.artifact.target_layer_ids)
+        features = np.random.default_rng(3).normal(size=(4, width)).astype(np.float32)
+        features[0] = np.nan
+        context = ContextRows(features, np.array([0, 0, 1, 2]), np.array([0, 1, 1, 1]))
+        drafter.allocate(2, 128, ())
+        drafter.commit_context(context)
+        output = drafter.draft(draft_batch(drafter.artifact, context, [5, 6], [0, 1], [1, 3]))
+        assert np.isfinite(output.confidence_logits[1]).all() and np.isfinite(output.probabilities[1]).all()
+        after = ContextRows(features[:0], np.zeros(0, np.int64), np.zeros(0, np.int64))
+        output = drafter.draft(draft_batch(drafter.artifact, after, [6], [1], [3]))
+        assert np.isfinite(output.confidence_logits).all()
 
     def test_context_in_pieces(self, drafter):
         width = drafter.artifact.hidden_size * len(drafter.artifact.target_layer_ids)

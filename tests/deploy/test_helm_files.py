@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import http.server
 import json
+import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 from artifacts import CHECKOUT
 from google.protobuf import text_format
 from helm_tools import CHART, named, render
-from helm_values import CPU
+from helm_values import CPU, GATEWAY
 from tritonclient.grpc import model_config_pb2
 
 from dspark_backend.config import EngineConfig
@@ -81,18 +84,100 @@ def test_a_missing_artifact_is_named(tmp_path: Path, artifacts_folder: Path) -> 
     assert "Traceback" not in result.stderr
 
 
-def test_the_export_container_runs_once(tmp_path: Path) -> None:
-    container = render('modelRepository={"source":"export","export":{"verifierModel":"m"}}').find("Deployment")
-    container = named(container["spec"]["template"]["spec"]["initContainers"], "export-verifier")
-    out = tmp_path / "verifier" / "1"
-    command = [*container["command"], str(out), "echo", *container["args"][2:]]
+def exported(folder: Path, name: str, arguments: list[str]) -> bool:
+    """Whether a start of the rendered init container makes the artifact anew. The exporter tells its words."""
+    export: dict[str, Any] = {"verifierModel": "m", "verifierArguments": arguments, "drafterCheckpoint": "d"}
+    values = {"source": "export", "export": export}
+    container = render(f"modelRepository={json.dumps(values)}").find("Deployment")["spec"]["template"]["spec"]
+    container = named(container["initContainers"], f"export-{name}")
+    assert container["command"][:1] == ["/bin/sh"]
+    assert {"name": "files", "mountPath": "/etc/dspark", "readOnly": True} in container["volumeMounts"]
+    script = CHART / "files" / Path(container["command"][1]).name
+    # As laid out in the ConfigMap.
+    assert script.read_text() == render().find("ConfigMap", "-files")["data"][script.name]
+    out, *words = [word.replace("/artifacts", str(folder)) for word in container["args"]]
+    exporter = folder / "dspark-export"
+    exporter.write_text(EXPORTER)
+    exporter.chmod(0o755)
+    assert words[0] == "dspark-export"
+    command = ["/bin/sh", script, out, exporter, *words[1:]]
     ran = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert ran == f"verifier --model m --out {out}\n"
-    out.mkdir(parents=True)
-    (out / "stage.json").touch()
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == ""
-    failing = [*container["command"], str(tmp_path / "other"), "false"]
-    assert subprocess.run(failing, check=False).returncode != 0
+    assert ("exported already" in ran) is not ran.startswith("exporting")
+    return ran.startswith("exporting")
+
+
+EXPORTER = """#!/bin/sh
+set -e
+for word in "$@"; do out="$word"; done
+case "$*" in *unknown*) exit 2 ;; esac
+echo exporting
+mkdir -p "$out"
+echo "$@" > "$out/stage.json"
+"""
+
+
+def test_the_export_container_exports_again_for_other_arguments(tmp_path: Path) -> None:
+    stage = tmp_path / "verifier" / "1" / "stage.json"
+    assert exported(tmp_path, "verifier", ["--dtype", "float16"])
+    assert "--dtype float16 --out" in stage.read_text()
+    assert not exported(tmp_path, "verifier", ["--dtype", "float16"])
+    assert exported(tmp_path, "verifier", ["--dtype", "bfloat16"])
+    assert "--dtype bfloat16 --out" in stage.read_text()
+    assert not exported(tmp_path, "verifier", ["--dtype", "bfloat16"])
+    # One that is not complete, and one that is not ours.
+    stage.unlink()
+    assert exported(tmp_path, "verifier", ["--dtype", "bfloat16"])
+    stage.write_text("laid by hand")
+    assert exported(tmp_path, "verifier", ["--dtype", "bfloat16"])
+
+
+def test_the_export_container_exports_a_drafter_again_for_another_verifier(tmp_path: Path) -> None:
+    for arguments in ([], ["--dtype", "bfloat16"]):
+        assert exported(tmp_path, "verifier", arguments)
+        assert exported(tmp_path, "drafter", arguments)
+        assert not exported(tmp_path, "drafter", arguments)
+
+
+def test_a_failed_export_keeps_the_old_one(tmp_path: Path) -> None:
+    assert exported(tmp_path, "verifier", [])
+    with pytest.raises(subprocess.CalledProcessError):
+        exported(tmp_path, "verifier", ["--unknown"])
+    assert not exported(tmp_path, "verifier", [])
+
+
+class _Admin(http.server.BaseHTTPRequestHandler):
+    """Envoy's admin interface, as far as preStop goes."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"OK\n")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_the_gateway_drains_before_it_ends(answers: bool) -> None:
+    """The rendered command, with an admin interface and with none: it waits in both cases."""
+    short = 'server={"drainSeconds":1,"exitTimeoutSeconds":1}'
+    spec = render(GATEWAY, short).find("Deployment", "-gateway")["spec"]["template"]["spec"]
+    command = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert command[:2] == ["bash", "-c"] and "/dev/tcp/127.0.0.1/9901" in command[2]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Admin) as server:
+        port = server.server_address[1] if answers else Ports.free().http
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        _Admin.asked.clear()
+        start = time.monotonic()
+        here = command[2].replace("/127.0.0.1/9901", f"/127.0.0.1/{port}")
+        result = subprocess.run([*command[:2], here], capture_output=True, check=False, timeout=30)
+        server.shutdown()
+    assert result.returncode == 0
+    assert 2 <= time.monotonic() - start < 5
+    assert _Admin.asked == (["/healthcheck/fail"] if answers else [])
 
 
 SILENT = Health(False, False, "model dspark gave no answer within 8.0 s", 8.0)
@@ -149,43 +234,32 @@ def test_probe_of_a_server_that_is_gone(metrics_url: str, capsys: pytest.Capture
     assert capsys.readouterr().out == f"unwell: nothing answers at {url}\n"
 
 
-def test_load_summary() -> None:
-    second = 1_000_000_000
-    requests = [
-        {"timestamp": start * second, "response_timestamps": [(start + 1) * second, (start + 10) * second]}
-        for start in (0, 10)
+def test_the_load_job_runs_the_load_tool_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(CHECKOUT / "deploy" / "load"))
+    from dspark_load import options, prompts
+
+    job = render(CPU, 'load={"enabled":true,"rates":[0.5],"text":true}').find("Job", "-load-1")
+    spec = job["spec"]["template"]["spec"]
+    container = spec["containers"][0]
+    assert container["command"] == ["python3", "-m", "dspark_load"]
+    given = options.parse(container["args"])
+    assert given.url == "try-dspark:8001"
+    assert options.policies(given, 5) == ["off", "fixed:1", "causal", "lagged"]
+    assert [str(load) for load in given.loads] == ["1 streams", "4 streams", "16 streams", "0.5 requests/s"]
+    assert (given.tokens, given.parts, given.text) == (128, 2, True)
+    assert prompts.read(given.prompts, 0)
+    written = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    assert str(given.out.parent) in written and str(given.cache.parent) in written
+    # What the images hold there is copied to where Python looks.
+    copy = named(spec["initContainers"], "load-tool")
+    source = copy["command"][-2].removesuffix("/.")
+    dockerfile = (CHECKOUT / "deploy" / "docker" / "Dockerfile").read_text()
+    stages = re.split(r"^FROM ", dockerfile, flags=re.MULTILINE)
+    assert [s for s in stages if "COPY model_repository " in s] == [
+        s for s in stages if f"COPY deploy/load {source}\n" in s
     ]
-    numbers = program("load").summary({"experiments": [{"requests": requests}]}, max_tokens=10)
-    assert numbers == {
-        "requests": 2,
-        "ttft_p50": 1.0,
-        "ttft_p95": 1.0,
-        "itl_mean": 1.0,
-        "tokens_per_second_per_user": 1.0,
-        "tokens_per_second": 1.0,
-    }
-    with pytest.raises(ValueError, match="expected answered requests"):
-        program("load").summary({"experiments": [{"requests": []}]}, 10)
+    assert {"name": "PYTHONPATH", "value": copy["command"][-1]} in container["env"]
+    assert options.parse(render(CPU, LOAD).find("Job", "-load-1")["spec"]["template"]["spec"]["containers"][0]["args"])
 
 
-def test_load_job_runs_every_policy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = render(CPU, 'load={"enabled":true}').find("Job", "-load-1")
-    arguments = job["spec"]["template"]["spec"]["containers"][0]["args"]
-    arguments = [f"--prompts={CHART / 'files' / 'prompts.json'}" if "--prompts" in a else a for a in arguments]
-    monkeypatch.chdir(tmp_path)
-    calls: list[list[str]] = []
-
-    def run(command: list[str], **_: object) -> None:
-        calls.append(command)
-        export = Path(command[command.index("--profile-export-file") + 1])
-        request = {"timestamp": 0, "response_timestamps": [10**8, 10**9]}
-        # As perf_analyzer writes: the responses' tensors are not always text.
-        written = json.dumps({"experiments": [{"requests": [request]}], "tensor": "?"}).encode()
-        export.write_bytes(written.replace(b"?", b"\xc6\x01"))
-
-    load = program("load")
-    monkeypatch.setattr(load.subprocess, "run", run)
-    assert load.main(arguments) == 0
-    assert len(calls) == 12 and all(call[call.index("-u") + 1] == "try-dspark:8001" for call in calls)
-    given = json.loads((tmp_path / "fixed-1-4.input.json").read_text())["data"]
-    assert given[0]["draft_policy"] == ["fixed:1"] and given[0]["ignore_eos"] == [True]
+LOAD = 'load={"enabled":true}'

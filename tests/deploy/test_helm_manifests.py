@@ -6,10 +6,10 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from artifacts import CHECKOUT
 from console_scripts import check_command
 from helm_tools import CHART, Document, named, render
 from helm_values import ALL, CPU, GATEWAY
@@ -41,6 +41,12 @@ def test_grace_covers_drain_and_exit_timeout(values: tuple[Path | str, ...]) -> 
     timeout = float(option(server, "exit-timeout-secs"))
     assert drain >= 1
     assert spec["terminationGracePeriodSeconds"] > drain + timeout + KILL_SLACK_SECS + 5
+    if any(d["metadata"]["name"] == "try-dspark-gateway" for d in render(*values).documents):
+        gateway = render(*values).find("Deployment", "-gateway")["spec"]["template"]["spec"]
+        script = gateway["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][2]
+        waited = float(script.split("sleep ")[1])
+        assert waited >= drain + timeout
+        assert gateway["terminationGracePeriodSeconds"] > waited + 5
 
 
 @pytest.mark.parametrize("values", ALL, ids=range(len(ALL)))
@@ -197,42 +203,9 @@ def test_large_numbers_stay_integers() -> None:
         "profile_seconds": "7.5",
         "prefix_reuse": "false",
         "policy": "fixed:3",
-        "max_slots": "64",
+        "max_slots": "16",
         "max_queue_size": "256",
     }
-
-
-def test_envoy_reaches_the_replicas_and_speaks_http2_to_them() -> None:
-    rendered = render(GATEWAY)
-    config: dict[str, Any] = yaml.safe_load(rendered.find("ConfigMap", "-gateway")["data"]["envoy.yaml"])
-    clusters = {cluster["name"]: cluster for cluster in config["static_resources"]["clusters"]}
-    routed = re.findall(r'"cluster": "(\w+)"', json.dumps(config["static_resources"]["listeners"]))
-    assert set(routed) == clusters.keys()
-    address = clusters["grpc"]["load_assignment"]["endpoints"][0]["lb_endpoints"][0]["endpoint"]["address"]
-    headless = rendered.find("Service", "-headless")
-    assert headless["spec"]["clusterIP"] == "None"
-    assert address["socket_address"] == {"address": "try-dspark-headless.models.svc", "port_value": 8001}
-    assert "http2_protocol_options" in json.dumps(clusters["grpc"]) and clusters["grpc"]["lb_policy"] == "LEAST_REQUEST"
-    assert config["admin"]["address"]["socket_address"]["address"] == "127.0.0.1"
-    ports = {p["name"]: p["containerPort"] for p in pod_of_gateway(rendered)["containers"][0]["ports"]}
-    listening = {
-        listener["name"]: listener["address"]["socket_address"]["port_value"]
-        for listener in config["static_resources"]["listeners"]
-    }
-    assert listening == ports
-
-
-def pod_of_gateway(rendered: Any) -> Document:
-    return rendered.find("Deployment", "-gateway")["spec"]["template"]["spec"]
-
-
-def test_ingress_speaks_to_the_gateway_where_there_is_one() -> None:
-    ingress = 'ingress={"enabled":true,"tlsSecretName":"tls"}'
-    for values, name in (((ingress,), "try-dspark"), ((ingress, GATEWAY), "try-dspark-gateway")):
-        backend = render(*values).find("Ingress")["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
-        assert backend == {"name": name, "port": {"name": "grpc"}}
-        service = render(*values).find("Service", name.removeprefix("try-dspark"))
-        assert named(service["spec"]["ports"], "grpc")["appProtocol"] == "kubernetes.io/h2c"
 
 
 def test_artifacts_come_from_where_the_values_say() -> None:
@@ -247,3 +220,33 @@ def test_artifacts_come_from_where_the_values_say() -> None:
     assert fetch["name"] == "fetch" and "s3://models/qwen3-8b" in fetch["args"]
     assert "artifacts" not in {item["name"] for item in pod(CPU)["volumes"]}
     assert "--artifacts=/opt/dspark/model_repository" in named(pod(CPU)["initContainers"], "lay-repository")["args"]
+
+
+@pytest.mark.parametrize("values", ALL, ids=range(len(ALL)))
+def test_images_are_those_that_deploy_docker_builds(values: tuple[Path | str, ...]) -> None:
+    """A target of the Dockerfile, and a document that builds it under this tag."""
+    folder = CHART.parents[1] / "docker"
+    targets = re.findall(r"^FROM \S+ AS (\S+)", (folder / "Dockerfile").read_text(), re.MULTILINE)
+    builds = " ".join(path.read_text() for path in folder.glob("*.md"))
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
+    ours = [
+        container["image"]
+        for spec in render(*values).pod_specs()
+        for container in (*spec["containers"], *spec.get("initContainers", ()))
+        if container["image"].startswith("dspark-triton")
+    ]
+    assert ours
+    for image in ours:
+        if "@sha256:" not in image:
+            target = image.removeprefix(f"dspark-triton:{version}-")
+            assert target in targets, image
+            assert f"--target {target} -t {image} " in builds
+
+
+def test_slots_fit_engines_of_the_default_sizes() -> None:
+    """Those of the chart, of the engine command's help and of the engine's own default are one number."""
+    help_text = (CHECKOUT / "export" / "dspark_export" / "commands" / "engine.py").read_text()
+    built = re.search(r"slots=(\d+),\S+ \(the defaults\)", help_text)
+    parameters = json.loads(render().find("ConfigMap", "-files")["data"]["parameters.json"])
+    default = next(field.default for field in fields(EngineConfig) if field.name == "max_slots")
+    assert built is not None and int(built[1]) == int(parameters["max_slots"]) == default

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 
+import onnx
 import pytest
-from artifacts import GOLDEN
+from artifacts import GOLDEN, export, golden_taps, silent
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from dspark_backend.stages.engine_contract import Workload
 from dspark_export import cli
+from dspark_export.drafter import DrafterExport, export_drafter
 from dspark_export.errors import ExportError
 from dspark_export.families import describe
 from dspark_export.gpus import GIB, find_gpu
 from dspark_export.layouts import describe_checkpoint
 from dspark_export.parameters import count_drafter, count_target
-from dspark_export.planner import PRECISIONS, cache_bytes_per_token, plan, profiles, weight_bytes
+from dspark_export.planner import PRECISIONS, cache_bytes_per_token, drafter_size, plan, profiles, weight_bytes
+from dspark_export.tensorrt_graphs import SHARED_FILE
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -120,7 +123,38 @@ def test_counts_are_those_of_the_golden_files(name):
 def test_every_precision_is_smaller_than_the_one_before_it():
     sizes = {p: weight_bytes(count_target(describe(QWEN3_8B)), p) for p in PRECISIONS}
     assert sizes["float32"] > sizes["bfloat16"] == sizes["float16"] > sizes["fp8"] > sizes["int4"]
-    assert sizes["fp8"] == pytest.approx(8.19e9 + 2 * 0.622e9, rel=0.01)
+    # Of a layer, queries, keys, values, gate and up read a norm; the rest, and embedding and head, stay at two bytes.
+    normed = 36 * 4096 * ((32 + 2 * 8) * 128 + 2 * 12288)
+    assert sizes["fp8"] == pytest.approx(2 * 8_190_735_360 - normed, rel=0.001)
+    inner = 8_190_735_360 - 2 * 151936 * 4096
+    assert sizes["int4"] == pytest.approx(inner * (0.5 + 2 / 64) + 2 * 2 * 151936 * 4096, rel=0.001)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "int4", "bfloat16"])
+def test_sizes_are_those_of_written_graphs(dtype, tmp_path):
+    name = "qwen3_vanilla"
+    target, drafter = (GOLDEN / name / part for part in ("target", "drafter"))
+    verifier = tmp_path / "verifier"
+    export(target, verifier, dtype=dtype, runtime="tensorrt", target_layer_ids=golden_taps(name))
+    export_drafter(DrafterExport(drafter, verifier, tmp_path / "drafter", dtype, "tensorrt"), silent)
+    shared = json.loads((verifier / "stage.json").read_text())["files"][SHARED_FILE]
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (target, drafter)]
+    planned = weight_bytes(count_target(describe(configs[0])), dtype)
+    # Numbers of less than 256 bytes are inside the graph's own file; the norms of fc are in both graphs.
+    assert stored_weights(verifier) + shared == pytest.approx(planned, rel=0.006)
+    planned = drafter_size(describe_checkpoint(configs[1]), dtype).artifact_bytes
+    assert stored_weights(tmp_path / "drafter") == pytest.approx(planned, rel=0.006)
+
+
+def stored_weights(folder):
+    """Bytes of all weights beside the graphs, without the tables of RoPE."""
+    sizes = []
+    for path in folder.glob("*.onnx"):
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer:
+            places = {entry.key: entry.value for entry in tensor.external_data}
+            if places.get("location") == f"{path.name}.data" and not tensor.name.startswith("rope_"):
+                sizes.append(int(places["length"]))
+    return sum(sizes)
 
 
 def test_qwen3_8b_with_its_drafter_on_a_24_gib_gpu():
@@ -135,7 +169,8 @@ def test_qwen3_8b_with_its_drafter_on_a_24_gib_gpu():
     positions = Workload(CONTEXT, made.slots, 7).capacity
     used = held + made.slots * token * positions
     assert made.slots > 0 and used <= 0.92 * 24 * GIB < used + token * positions
-    assert made.disk_bytes > made.target.download_bytes + made.target.artifact_bytes
+    models = (made.target, made.drafter)
+    assert made.disk_bytes == sum(size.download_bytes + 2 * size.artifact_bytes for size in models)
     assert {profile.engine for profile in made.profiles} == {"verifier", "draft", "context"}
     assert max(profile.high for profile in made.profiles if profile.name.startswith("verify")) == made.slots * 8
 
@@ -175,7 +210,10 @@ def test_gpus_by_size_and_name(text, memory):
         ({"target_layer_ids": [1, 35]}, "bfloat16", CONTEXT, "", r"it reads layers \[1, 35\], the model has 0 to 35"),
         ({}, "int3", CONTEXT, "", "--dtype: expected one of float32, .*got 'int3'"),
         ({}, "bfloat16", 40961, "", "--context: expected 2 to the model's 40960, got 40961"),
-        ({}, "fp8", CONTEXT, "A100-80GB", r"fp8: expected a GPU from SM89 on, got A100-80GB \(SM80\)"),
+        ({}, "fp8", CONTEXT, "A100-80GB", r"fp8: expected a GPU from SM89 on, got A100-80GB \(SM80\); .* or int4"),
+        ({}, "fp8", CONTEXT, "T4", r"fp8: expected a GPU from SM89 on, got T4 \(SM75\); take float16$"),
+        ({}, "int4", CONTEXT, "T4", r"int4: expected a GPU from SM80 on, got T4 \(SM75\); take float16$"),
+        ({}, "bfloat16", CONTEXT, "T4", r"bfloat16: expected a GPU from SM80 on, got T4 \(SM75\); take float16$"),
         ({}, "bfloat16", CONTEXT, "Voodoo2", "--gpu: expected a size such as 24GiB or one of T4, .*got 'Voodoo2'"),
     ],
 )

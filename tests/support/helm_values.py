@@ -10,10 +10,11 @@ CPU = CHART / "values-cpu.yaml"
 EXAMPLES = sorted((CHART / "examples").glob("values-*.yaml"))
 VALUES_FILES: list[tuple[Path | str, ...]] = [(), (CPU,), *((path,) for path in EXAMPLES)]
 GATEWAY = 'gateway={"enabled":true}'
+CONTROLLER = 'networkPolicy={"clients":[{"namespaceSelector":{"matchLabels":{"name":"ingress"}}}]}'
 COMBINATIONS: list[tuple[Path | str, ...]] = [
     (CPU, GATEWAY),
     (CPU, 'load={"enabled":true}', GATEWAY),
-    (CPU, 'ingress={"enabled":true,"tlsSecretName":"tls"}'),
+    (CPU, 'ingress={"enabled":true,"tlsSecretName":"tls"}', CONTROLLER),
     (CPU, 'modelRepository={"source":"export","export":{"verifierModel":"smollm2-135m"}}'),
     ('modelRepository={"source":"export","drafter":false,"export":{"verifierModel":"/m","checkpointsClaim":"c"}}',),
     ('modelRepository={"source":"s3","s3":{"url":"s3://bucket/models","endpoint":"http://minio:9000","secretName":"keys"}}',),

@@ -30,6 +30,10 @@ class WrappedStage:
     def artifact(self) -> Any:
         return self.inner.artifact
 
+    @property
+    def lazy_memory(self) -> bool:
+        return bool(self.inner.lazy_memory)
+
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         self.inner.allocate(num_slots, capacity, moves)
 

@@ -101,8 +101,8 @@ class VerifierArtifact:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes of float32 keys and values of one position over all layers."""
-        return _bytes_per_token(self.cache_shapes)
+        """Bytes of keys and values of one position over all layers."""
+        return _bytes_per_token(self)
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,13 @@ class DrafterArtifact:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes of float32 keys and values of one position over all layers."""
-        return _bytes_per_token(self.cache_shapes)
+        """Bytes of keys and values of one position over all layers."""
+        return _bytes_per_token(self)
 
 
-def _bytes_per_token(cache_shapes: Sequence[tuple[int, int]]) -> int:
-    return sum(2 * kv_heads * head_dim * 4 for kv_heads, head_dim in cache_shapes)
+def _bytes_per_token(artifact: VerifierArtifact | DrafterArtifact) -> int:
+    item = 2 if artifact.runtime == "tensorrt" and artifact.dtype != "float32" else 4
+    return sum(2 * kv_heads * head_dim * item for kv_heads, head_dim in artifact.cache_shapes)
 
 
 Artifact = TypeVar("Artifact", VerifierArtifact, DrafterArtifact)
@@ -265,9 +266,7 @@ def _load(directory: Path, kind: type[Artifact], hint: str, check_contents: bool
     return artifact
 
 
-def _check_files(
-    directory: Path, artifact: VerifierArtifact | DrafterArtifact, hint: str, check_contents: bool
-) -> None:
+def _check_files(directory: Path, artifact: VerifierArtifact | DrafterArtifact, hint: str, contents: bool) -> None:
     for file_name, size in artifact.files.items():
         file = directory / file_name
         if not file.is_file():
@@ -277,7 +276,7 @@ def _check_files(
                 f"{file}: expected {size} bytes as {STAGE_FILE} says, found {file.stat().st_size}; the file is "
                 f"corrupt or of another export; {hint}"
             )
-        if not check_contents:
+        if not contents:
             continue
         with file.open("rb") as stream:
             if hashlib.file_digest(stream, "sha256").hexdigest() != artifact.digests.get(file_name):

@@ -15,7 +15,7 @@ from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.batch import FloatArray
 from dspark_backend.stages.cuda.device import Device
 from dspark_backend.stages.processor import int8_saturates
-from dspark_backend.stages.providers import check_available, check_started, session_providers
+from dspark_backend.stages.providers import check_available, check_started, load_libraries, session_providers
 from dspark_backend.stages.rows import Rows
 from dspark_backend.stages.settings import StageSettings
 from dspark_backend.stages.slot_arrays import SlotWindow
@@ -58,6 +58,7 @@ def open_session(
     settings = settings or StageSettings(threads)
     if settings.on_device:
         check_available(settings.provider)
+        load_libraries()
     options = session_options(threads)
     if shared:
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]

@@ -14,7 +14,7 @@ from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutp
 from dspark_backend.stages.placement import Placement
 from dspark_backend.stages.settings import StageSettings
 from dspark_backend.stages.shared_weights import shared_weights
-from dspark_backend.stages.slot_arrays import SlotWindow
+from dspark_backend.stages.slot_arrays import SlotArrays, SlotWindow
 
 DRAFT_FILE = "draft.onnx"
 CONTEXT_FILE = "context.onnx"
@@ -59,6 +59,10 @@ class OnnxRuntimeDrafter:
     @property
     def artifact(self) -> DrafterArtifact:
         return self._artifact
+
+    @property
+    def lazy_memory(self) -> bool:
+        return isinstance(self._cache, SlotArrays)
 
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         self._draft.clear()

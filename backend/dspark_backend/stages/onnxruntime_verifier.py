@@ -13,7 +13,7 @@ from dspark_backend.stages.batch import BatchLayout, RowMove, StepBatch, StepOut
 from dspark_backend.stages.binding import open_session
 from dspark_backend.stages.placement import Placement
 from dspark_backend.stages.settings import StageSettings
-from dspark_backend.stages.slot_arrays import SlotWindow
+from dspark_backend.stages.slot_arrays import SlotArrays, SlotWindow
 
 MODEL_FILE = "model.onnx"
 
@@ -52,6 +52,10 @@ class OnnxRuntimeVerifier:
     @property
     def artifact(self) -> VerifierArtifact:
         return self._artifact
+
+    @property
+    def lazy_memory(self) -> bool:
+        return isinstance(self._cache, SlotArrays)
 
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         # Should memory run out, no pointer to a freed cache may stay bound.

@@ -21,6 +21,10 @@ class VerifierStage(Protocol):
     def artifact(self) -> VerifierArtifact:
         """What was exported."""
 
+    @property
+    def lazy_memory(self) -> bool:
+        """Whether cache rows that were never written cost nothing to read: fresh host memory is one page of zeros."""
+
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         """Make a cache of this size; ``moves`` names the rows of the old one that survive, and where they go."""
 
@@ -47,6 +51,10 @@ class DrafterStage(Protocol):
     @property
     def artifact(self) -> DrafterArtifact:
         """What was exported."""
+
+    @property
+    def lazy_memory(self) -> bool:
+        """Whether cache rows that were never written cost nothing to read: fresh host memory is one page of zeros."""
 
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         """As for the verifier; ``capacity`` must leave room for a block behind the last committed position."""

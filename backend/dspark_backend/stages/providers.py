@@ -13,8 +13,8 @@ from dspark_backend.stages.settings import StageSettings
 
 _NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 _NEEDS = {
-    "cuda": "NVIDIA's driver and the libraries of CUDA 12 and cuDNN 9",
-    "tensorrt": "NVIDIA's driver and the libraries of CUDA 12, cuDNN 9 and TensorRT 10",
+    "cuda": "NVIDIA's driver and the libraries of CUDA 13 and cuDNN 9",
+    "tensorrt": "NVIDIA's driver and the libraries of CUDA 13, cuDNN 9 and TensorRT 10",
 }
 
 
@@ -34,6 +34,13 @@ def session_providers(settings: StageSettings, device: Device | None) -> list[An
         # What TensorRT does not take runs on CUDA.
         providers.insert(0, (_NAMES["tensorrt"], options))
     return providers
+
+
+def load_libraries(runtime: Any = ort) -> None:
+    """Load CUDA and cuDNN from the wheels that the gpu extra brings along, else from where the system has them."""
+    # Such wheels are on no path that the loader knows. Releases before 1.21 cannot do it.
+    if hasattr(runtime, "preload_dlls"):
+        runtime.preload_dlls()
 
 
 def check_available(provider: str, available: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,14 @@ class TensorRtDrafter:
     def __init__(
         self, directory: Path, verifier_directory: Path, settings: StageSettings, opener: EngineOpener | None = None
     ) -> None:
-        self._artifact = artifact = load_drafter_artifact(directory)
+        artifact = load_drafter_artifact(directory)
         verifier = load_verifier_artifact(verifier_directory, check_contents=False)
         check_pair(artifact, verifier)
         check_runtime(artifact.runtime, directory)
         dtype = compute_dtype(artifact.dtype, directory)
         opener = opener or CudaOpener(settings)
         info = opener.check(artifact.engine, directory)
+        self._artifact = replace(artifact, engine=info)
         self._device = device = opener.device
         tensors = DrafterTensors(
             compute=dtype,
@@ -82,6 +84,10 @@ class TensorRtDrafter:
     @property
     def artifact(self) -> DrafterArtifact:
         return self._artifact
+
+    @property
+    def lazy_memory(self) -> bool:
+        return False
 
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         self._device.use()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dspark_backend.stages.artifact import VerifierArtifact, load_verifier_artifact
@@ -32,11 +33,12 @@ class TensorRtVerifier:
     """
 
     def __init__(self, directory: Path, settings: StageSettings, opener: EngineOpener | None = None) -> None:
-        self._artifact = artifact = load_verifier_artifact(directory)
+        artifact = load_verifier_artifact(directory)
         check_runtime(artifact.runtime, directory)
         dtype = compute_dtype(artifact.dtype, directory)
         opener = opener or CudaOpener(settings)
         info = opener.check(artifact.engine, directory)
+        self._artifact = replace(artifact, engine=info)
         profiles = engine_profiles(info, VERIFIER_ENGINE, _SYMBOLS)
         shapes = artifact.cache_shapes
         caches = [CacheShape(heads, head_dim) for heads, head_dim in shapes]
@@ -60,6 +62,10 @@ class TensorRtVerifier:
     @property
     def artifact(self) -> VerifierArtifact:
         return self._artifact
+
+    @property
+    def lazy_memory(self) -> bool:
+        return False
 
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         self._device.use()

@@ -42,8 +42,8 @@ def find_builder(packages: Sequence[str] = PACKAGES) -> Builder:
         except ImportError:
             continue
     raise ExportError(
-        "expected the package tensorrt or tensorrt_rtx, found neither; run in NVIDIA's Triton image, or "
-        "pip install 'dspark-triton[tensorrt]'"
+        "expected the package tensorrt or tensorrt_rtx, found neither; pip install 'dspark-triton[tensorrt]' (builds "
+        "for this machine's GPU) or 'dspark-triton[tensorrt-rtx]' (builds without one)"
     )
 
 

@@ -54,6 +54,10 @@ class RecordingStage:
     def artifact(self) -> VerifierArtifact:
         return self._stage.artifact
 
+    @property
+    def lazy_memory(self) -> bool:
+        return self._stage.lazy_memory
+
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         self._stage.allocate(num_slots, capacity, moves)
         self._tracks = {move.target: self._tracks[move.source] for move in moves if move.source in self._tracks}

@@ -2,6 +2,7 @@
 
 Every array has the rounded sizes of a :class:`~dspark_backend.stages.tensorrt.profiles.Choice`. Tokens and requests
 that fill it up to them compute something that nobody reads; cache rows that take no part write into the padding.
+Columns behind a request's own rows repeat its last one: what is not finite there must not reach other requests.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def fill_verifier(arrays: Arrays, batch: StepBatch, view: View, sizes: Mapping[s
         arrays[name][len(values) :] = 0
     query_index, write_starts = arrays["query_index"], arrays["write_starts"]
     query_index[:] = 0
+    query_index[batch.slots - view.first] = (layout.offsets[1:] - 1)[:, None]
     query_index[rows, layout.columns] = np.arange(tokens)
     write_starts[:] = capacity - sizes["Q"]
     write_starts[batch.slots - view.first] = starts
@@ -74,6 +76,7 @@ def fill_context(arrays: Arrays, context: ContextRows, view: View, sizes: Mappin
         if (np.diff(positions) != 1).any():
             raise InternalError(f"context of slot {slot}: expected consecutive positions, got {positions.tolist()}")
         _check_room(positions[:1], sizes["W"], capacity)
+        update_index[slot - view.first] = places[-1]
         update_index[slot - view.first, : len(places)] = places
         write_starts[slot - view.first] = positions[0]
 
@@ -104,6 +107,7 @@ def fill_draft(arrays: Arrays, batch: DraftBatch, view: View, sizes: Mapping[str
             _check_room(batch.starts[place : place + 1], sizes["W"], capacity)
             arrays["write_starts"][row] = start
         drafted = place * block + np.arange(block)
+        arrays["update_index"][row, held:] = sizes["M"] + drafted[-1]
         arrays["update_index"][row, held : held + block] = sizes["M"] + drafted
         arrays["query_index"][row] = drafted
 
