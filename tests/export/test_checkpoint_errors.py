@@ -95,7 +95,7 @@ def test_a_quantised_checkpoint_is_named_as_such(model, refused, settings, metho
     assert f"got a checkpoint quantised with {method}; export the original checkpoint" in message
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v4", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["deepseek_v3", "mixtral", "qwen3_moe"])
 def test_an_architecture_that_is_not_supported(model, refused, kind):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"model_type": kind}))

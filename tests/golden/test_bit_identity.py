@@ -97,5 +97,5 @@ def test_stale_rows_of_the_own_past_would_change_bits(tiny):
 @pytest.mark.parametrize("precision", ["smollm2_artifact", "smollm2_int8"])
 def test_smollm2(precision, request):
     subject = Subject(request.getfixturevalue(precision), (150, 40, 17))
-    for seed in range(6):
+    for seed in range(3):
         subject.check(seed, longest_chunk=24)

@@ -116,7 +116,7 @@ def test_damaged_artifacts(attempt, make_repository, set_parameters):
     stage = json.loads((repository / "verifier" / "1" / "stage.json").read_text())
     with_tokenizer = stage | {"files": stage["files"] | {"tokenizer.json": 1000}}
     # A budget of 1 MiB, the least that can be set, holds any model small enough for a test: this one claims more.
-    large = stage | {"num_layers": 100_000 * stage["num_layers"]}
+    large = stage | {"layer_caches": [[heads, 100_000 * dim] for heads, dim in stage["layer_caches"]]}
     # Name of the case: description, file that is added, what the log must say.
     cases: dict[str, tuple[str | None, Mapping[str, bytes], str]] = {
         "undescribed": (None, {}, "expected an exported verifier (stage.json), found none"),
