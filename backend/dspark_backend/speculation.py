@@ -31,8 +31,10 @@ from dspark_backend.verification import VerifiedDrafts
 
 _FLUSH_ROWS = 256
 """Context rows of a sequence that may wait; more go to the drafter at once, so that memory stays flat."""
-_PROBE_EVERY = 24
+_PROBE_EVERY = 48
 """Rounds after which a sequence drafts again although it did not seem to pay: acceptance changes along a text."""
+_PROBE_ALONG = 24
+"""Rounds after which it does so along with one that is due: one drafting round of many costs less than many of one."""
 _SETTLE_EVERY = 16
 """Blocks that are compared with their predictions at once: it is a number for a dashboard, and costs 0.1 ms."""
 _DECIDE_EVERY = 4
@@ -147,7 +149,9 @@ class Speculator:
         adaptive = [row for row in able if running[row].prepared.policy.adaptive]
         if not adaptive or self._pays([running[row] for row in adaptive], limits[adaptive], len(running), capacity):
             return able
-        probing = [row for row in adaptive if running[row].draft.idle_rounds >= _PROBE_EVERY]
+        idle = {row: running[row].draft.idle_rounds for row in adaptive}
+        due = max(idle.values()) >= _PROBE_EVERY
+        probing = [row for row in adaptive if due and idle[row] >= _PROBE_ALONG]
         self._metrics.spec_decode_drafter_skips_total.add(len(adaptive) - len(probing))
         return sorted(static + probing)
 

@@ -36,7 +36,7 @@ def draw(png: Path, rows: Sequence[Row]) -> None:
                     ratios.bar(x + shift, row.to_off, width, color=colours[policy])
                     label = f"{row.to_off:.2f}"
                     ratios.text(x + shift, row.to_off, label, ha="center", va="bottom", fontsize=7, rotation=90)
-        speeds.set(title=precision, ylabel="tokens/s per user", ylim=(0, None))
+        speeds.set(title=precision, ylabel="tokens/s per user")
         speeds.legend()
         ratios.axhline(1.0, color="C7", linewidth=0.8)
         ratios.set(ylabel="speed over off")
@@ -44,5 +44,7 @@ def draw(png: Path, rows: Sequence[Row]) -> None:
         for axes in (speeds, ratios):
             axes.set(xlabel="streams" if axes is ratios else "", xticks=range(len(streams)), xticklabels=streams)
             axes.grid(alpha=0.3, axis="y")
+    # Once for all: the first limit that is set ends the scaling of the axes that share it.
+    grid[0][0].set_ylim(0, 1.05 * max(row.per_user for row in rows))
     figure.set_canvas(FigureCanvasAgg(figure))
     figure.savefig(png)
