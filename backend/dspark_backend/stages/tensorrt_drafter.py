@@ -21,15 +21,16 @@ from dspark_backend.stages.shared_weights import SHARED_EMBEDDING, SHARED_HEAD, 
 from dspark_backend.stages.tensorrt.cache import EngineCache
 from dspark_backend.stages.tensorrt.execution import Execution
 from dspark_backend.stages.tensorrt.opening import CudaOpener, EngineOpener, check_runtime, compute_dtype
-from dspark_backend.stages.tensorrt.profiles import choose, engine_profiles
+from dspark_backend.stages.tensorrt.profiles import choose, engine_profiles, most
 from dspark_backend.stages.tensorrt.scatter import View, fill_context, fill_draft, pieces, rows_per_slot, span
+from dspark_backend.stages.tensorrt.slot_stage import SlotStage
 
 _CONTEXT_SYMBOLS = ("M", "R", "W")
 _DRAFT_SYMBOLS = ("M", "D", "R", "W", "C")
 _FEATURES = "features"
 
 
-class TensorRtDrafter:
+class TensorRtDrafter(SlotStage):
     """Implements :class:`~dspark_backend.stages.protocol.DrafterStage`.
 
     Raises:
@@ -85,10 +86,6 @@ class TensorRtDrafter:
     def artifact(self) -> DrafterArtifact:
         return self._artifact
 
-    @property
-    def lazy_memory(self) -> bool:
-        return False
-
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         self._device.use()
         if self._cache.allocate(num_slots, moves):
@@ -96,34 +93,23 @@ class TensorRtDrafter:
             self._context.forget_addresses()
         self._view_length = capacity
 
-    def copy_rows(self, move: RowMove) -> None:
-        self._device.use()
-        self._cache.copy_rows(move)
-
-    def clear_rows(self, slot: int) -> None:
-        self._device.use()
-        self._cache.clear_rows(slot)
-
     def commit_context(self, context: ContextRows) -> None:
         self._device.use()
-        ranges = [profile.ranges for profile in self._context.profiles]
-        most, most_each = max(one["M"].high for one in ranges), max(one["W"].high for one in ranges)
-        for piece in pieces(context, most, most_each):
+        profiles = self._context.profiles
+        for piece in pieces(context, most(profiles, "M"), most(profiles, "W")):
             self._commit(ContextRows(context.features[piece], context.positions[piece], context.slots[piece]))
 
     def draft(self, batch: DraftBatch) -> DraftOutput:
         self._device.use()
         artifact, execution, cache = self._artifact, self._draft, self._cache
-        ranges = [profile.ranges for profile in execution.profiles]
-        most = max(one["M"].high for one in ranges)
-        most_each = max(one["W"].high for one in ranges) - artifact.block_size
-        if batch.context.num_rows > most or rows_per_slot(batch.context.slots) > most_each:
+        profiles = execution.profiles
+        most_each = most(profiles, "W") - artifact.block_size
+        if batch.context.num_rows > most(profiles, "M") or rows_per_slot(batch.context.slots) > most_each:
             self.commit_context(batch.context)
             batch = batch.without_context()
         slots = np.concatenate([batch.slots, batch.context.slots])
-        longest = max(one["C"].high for one in ranges)
         end = int(batch.starts.max()) + artifact.block_size
-        looked = max(end, min(self._view_length, longest))
+        looked = max(end, min(self._view_length, most(profiles, "C")))
         needed = {
             "M": max(1, batch.context.num_rows),
             "D": len(batch.anchors),
@@ -131,7 +117,7 @@ class TensorRtDrafter:
             "W": rows_per_slot(batch.context.slots) + artifact.block_size,
             "C": looked,
         }
-        choice = choose(execution.profiles, needed, {"R": cache.num_slots, "C": looked})
+        choice = choose(profiles, needed, {"R": cache.num_slots, "C": looked})
         view = View.over(slots, choice.sizes["R"], cache.num_slots)
         arrays = execution.inputs(choice, skip=(_FEATURES,))
         fill_draft(arrays, batch, view, choice.sizes, cache.capacity)

@@ -16,15 +16,16 @@ from dspark_backend.stages.shared_weights import SHARED_EMBEDDING, SHARED_HEAD
 from dspark_backend.stages.tensorrt.cache import EngineCache
 from dspark_backend.stages.tensorrt.execution import Execution
 from dspark_backend.stages.tensorrt.opening import CudaOpener, EngineOpener, check_runtime, compute_dtype
-from dspark_backend.stages.tensorrt.profiles import choose, engine_profiles
+from dspark_backend.stages.tensorrt.profiles import choose, engine_profiles, most
 from dspark_backend.stages.tensorrt.scatter import View, fill_verifier, span
+from dspark_backend.stages.tensorrt.slot_stage import SlotStage
 
 _SYMBOLS = ("B", "N", "R", "Q", "C")
 _PREFILL_COLUMNS = 32
 """Steps with longer segments are prompts: too many sizes for a CUDA graph each, and long enough without."""
 
 
-class TensorRtVerifier:
+class TensorRtVerifier(SlotStage):
     """Implements :class:`~dspark_backend.stages.protocol.VerifierStage`.
 
     Raises:
@@ -63,23 +64,11 @@ class TensorRtVerifier:
     def artifact(self) -> VerifierArtifact:
         return self._artifact
 
-    @property
-    def lazy_memory(self) -> bool:
-        return False
-
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         self._device.use()
         if self._cache.allocate(num_slots, moves):
             self._execution.forget_addresses()
         self._view_length = capacity
-
-    def copy_rows(self, move: RowMove) -> None:
-        self._device.use()
-        self._cache.copy_rows(move)
-
-    def clear_rows(self, slot: int) -> None:
-        self._device.use()
-        self._cache.clear_rows(slot)
 
     def step(self, batch: StepBatch) -> StepOutput:
         self._device.use()
@@ -92,8 +81,7 @@ class TensorRtVerifier:
             "C": int(batch.positions.max()) + 1,
         }
         # How far attention looks follows the cache's length as the engine sees it, which rarely changes.
-        longest = max(profile.ranges["C"].high for profile in execution.profiles)
-        needed["C"] = max(needed["C"], min(self._view_length, longest))
+        needed["C"] = max(needed["C"], min(self._view_length, most(execution.profiles, "C")))
         choice = choose(execution.profiles, needed, {"R": cache.num_slots, "C": needed["C"]})
         view = View.over(batch.slots, choice.sizes["R"], cache.num_slots)
         arrays = execution.inputs(choice)

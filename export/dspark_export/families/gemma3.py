@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark_export.decoder import Attention, Decoder, Rope
-from dspark_export.families.common import FULL, SLIDING, embedding_scale, layer_types, require, rope, window
+from dspark_export.families.common import FULL, SLIDING, layer_types, require, rope, window
+from dspark_export.families.gemma import gemma_decoder
 
 _DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 262_208,
@@ -40,23 +41,7 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     require(config, "attn_logit_softcapping", None)
     pattern = config.get("_sliding_window_pattern") or config.get("sliding_window_pattern") or 6
     attentions = tuple(_attention(config, kind) for kind in layer_types(config, pattern))
-    return Decoder(
-        family="gemma3",
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
-        norm_eps=config["rms_norm_eps"],
-        attention=attentions[0],
-        attentions=attentions,
-        tied_embedding=bool(config["tie_word_embeddings"]),
-        max_position=config["max_position_embeddings"],
-        activation="gelu_tanh",
-        norm_offset=True,
-        branch_norms=True,
-        embedding_scale=embedding_scale(config),
-        logit_cap=config.get("final_logit_softcapping"),
-    )
+    return gemma_decoder(config, "gemma3", attentions, norm_offset=True)
 
 
 def _attention(config: Mapping[str, Any], kind: str) -> Attention:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark_export.decoder import Attention, Decoder
-from dspark_export.families.common import FULL, SLIDING, embedding_scale, layer_types, require, rope, window
+from dspark_export.families.common import FULL, SLIDING, layer_types, require, rope, window
+from dspark_export.families.gemma import gemma_decoder
 
 _DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 262_144,
@@ -54,23 +55,7 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     kinds = list(layer_types(config, 6))
     kinds[-1:] = [FULL]  # as transformers does, whatever the config says
     attentions = tuple(_attention(config, layer, kind) for layer, kind in enumerate(kinds))
-    return Decoder(
-        family="gemma4",
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
-        norm_eps=config["rms_norm_eps"],
-        attention=attentions[0],
-        attentions=attentions,
-        tied_embedding=bool(config["tie_word_embeddings"]),
-        max_position=config["max_position_embeddings"],
-        activation="gelu_tanh",
-        branch_norms=True,
-        layer_scalar=True,
-        embedding_scale=embedding_scale(config),
-        logit_cap=config.get("final_logit_softcapping"),
-    )
+    return gemma_decoder(config, "gemma4", attentions, layer_scalar=True)
 
 
 def _attention(config: Mapping[str, Any], layer: int, kind: str) -> Attention:

@@ -63,6 +63,14 @@ def total_width(weights: WeightSource, names: tuple[str, ...]) -> int:
     return sum(weights.shape(f"{name}.weight")[0] for name in names)
 
 
+def with_bias(tape: GraphTape, product: ir.Value, weights: WeightSource, names: tuple[str, ...]) -> ir.Value:
+    """A product of the projections ``names`` plus their biases, in the tape's storage."""
+    width = total_width(weights, names)
+    offset = tape.weight(f"{fused_name(names)}.bias", (width,), lambda: fused_bias(weights, names))
+    shifted: ir.Value = tape.op("Add", product, offset)
+    return shifted
+
+
 @dataclass(frozen=True)
 class FloatLinears:
     """Float32 products; weights may be stored smaller."""
@@ -88,11 +96,7 @@ class FloatLinears:
         fused, width = fused_name(names), total_width(self.weights, names)
         weight = self.tape.weight(f"{fused}.weight", (inner, width), lambda: fused_weight(self.weights, names))
         product: ir.Value = self.tape.op("MatMul", value, weight)
-        if not bias:
-            return product
-        offset = self.tape.weight(f"{fused}.bias", (width,), lambda: fused_bias(self.weights, names))
-        shifted: ir.Value = self.tape.op("Add", product, offset)
-        return shifted
+        return with_bias(self.tape, product, self.weights, names) if bias else product
 
     def head(self, value: ir.Value, name: str, vocab: int, inner: int) -> ir.Value:
         self._note((name,), value)

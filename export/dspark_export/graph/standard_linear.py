@@ -19,7 +19,7 @@ import onnx_ir as ir
 from dspark_backend.stages.batch import FloatArray
 from dspark_backend.stages.shared_weights import SHARED_HEAD
 from dspark_export.graph.dialect import Dialect
-from dspark_export.graph.linear import fused_bias, fused_weight, total_width
+from dspark_export.graph.linear import fused_weight, total_width, with_bias
 from dspark_export.quantization.plan import fused_name
 from dspark_export.weights import WeightSource
 
@@ -62,11 +62,7 @@ class StandardLinears:
         else:
             weight = tape.weight(f"{fused}.weight", (inner, width), lambda: fused_weight(self.weights, names))
         product: ir.Value = tape.op("MatMul", value, weight)
-        if not bias:
-            return product
-        offset = tape.weight(f"{fused}.bias", (width,), lambda: fused_bias(self.weights, names))
-        shifted: ir.Value = tape.op("Add", product, offset)
-        return shifted
+        return with_bias(tape, product, self.weights, names) if bias else product
 
     def head(self, value: ir.Value, name: str, vocab: int, inner: int) -> ir.Value:
         logits: ir.Value = self.dialect.tape.op(
@@ -85,32 +81,34 @@ class StandardLinears:
         value = tape.op("DequantizeLinear", tape.op("QuantizeLinear", value, scale, zero), scale)
         compute = tape.compute
 
-        def scales() -> Any:
-            largest = np.maximum(np.abs(self._matrix(names)).max(axis=0), 1e-12) / FP8_LARGEST
+        def scales(matrix: FloatArray) -> Any:
+            largest = np.maximum(np.abs(matrix).max(axis=0), 1e-12) / FP8_LARGEST
             return largest.astype(compute.numpy())
 
         def stored() -> Any:
-            scaled = self._matrix(names) / scales().astype(np.float32)
+            matrix = self._matrix(names)
+            scaled = matrix / scales(matrix).astype(np.float32)
             return np.clip(scaled, -FP8_LARGEST, FP8_LARGEST).astype(ml_dtypes.float8_e4m3fn)
 
         weight = tape.stored(f"{fused}.weight.fp8", (inner, width), ir.DataType.FLOAT8E4M3FN, stored)
-        columns = tape.stored(f"{fused}.scales", (width,), compute, scales)
+        columns = tape.stored(f"{fused}.scales", (width,), compute, lambda: scales(self._matrix(names)))
         return value, tape.op("DequantizeLinear", weight, columns, axis=1)
 
     def _int4(self, names: tuple[str, ...], inner: int, width: int) -> ir.Value:
         tape, fused, compute = self.dialect.tape, fused_name(names), self.dialect.tape.compute
         blocks = inner // INT4_BLOCK
 
-        def scales() -> Any:
-            largest = np.abs(self._matrix(names)).reshape(blocks, INT4_BLOCK, width).max(axis=1)
+        def scales(matrix: FloatArray) -> Any:
+            largest = np.abs(matrix).reshape(blocks, INT4_BLOCK, width).max(axis=1)
             return (np.maximum(largest, 1e-12) / _INT4_LARGEST).astype(compute.numpy())
 
         def stored() -> Any:
-            matrix = self._matrix(names).reshape(blocks, INT4_BLOCK, width)
-            rounded = np.rint(matrix / scales().astype(np.float32)[:, None])
+            matrix = self._matrix(names)
+            steps = scales(matrix).astype(np.float32)[:, None]
+            rounded = np.rint(matrix.reshape(blocks, INT4_BLOCK, width) / steps)
             return np.clip(rounded, -8, 7).reshape(inner, width).astype(ml_dtypes.int4)
 
         weight = tape.stored(f"{fused}.weight.int4", (inner, width), ir.DataType.INT4, stored)
-        steps = tape.stored(f"{fused}.scales", (blocks, width), compute, scales)
-        dequantised: ir.Value = tape.op("DequantizeLinear", weight, steps, axis=0, block_size=INT4_BLOCK)
+        columns = tape.stored(f"{fused}.scales", (blocks, width), compute, lambda: scales(self._matrix(names)))
+        dequantised: ir.Value = tape.op("DequantizeLinear", weight, columns, axis=0, block_size=INT4_BLOCK)
         return dequantised

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from dspark_export.drafter_spec import DrafterSpec, describe_drafter
 from dspark_export.errors import ExportError
 from dspark_export.weights import WeightSource
+from dspark_export.weights.wrapped import WrappedWeights
 
 _ARCHITECTURES = {"qwen3": "Qwen3DSparkModel", "llama": "LlamaDSparkModel"}
 _COMMON_DEFAULTS: dict[str, Any] = {
@@ -168,26 +168,12 @@ def _target_ids(spec: DrafterSpec, weights: WeightSource) -> NDArray[np.int64]:
     return ids
 
 
-class _TargetIds:
+class _TargetIds(WrappedWeights):
     """A weight source whose ``d2t`` holds target token ids."""
 
     def __init__(self, weights: WeightSource, ids: NDArray[np.int64]) -> None:
-        self._weights = weights
+        super().__init__(weights)
         self._ids = ids
 
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._weights.config
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._weights.files
-
-    def names(self) -> frozenset[str]:
-        return self._weights.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._weights.shape(name)
-
     def read(self, name: str) -> NDArray[Any]:
-        return self._ids if name == "d2t" else self._weights.read(name)
+        return self._ids if name == "d2t" else super().read(name)

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
-
 from dspark_export.weights import WeightSource
+from dspark_export.weights.wrapped import WrappedWeights
 
 _SPELLINGS = {
     "model.embed_tokens.weight": ("embed.weight",),
@@ -20,33 +15,19 @@ _SPELLINGS = {
 }
 
 
-class ReleasedNames:
+class ReleasedNames(WrappedWeights):
     """A source that finds ``layers.<i>.attn.wq_a.weight`` and the like also where ``transformers`` saved the model.
 
     Embedding and LM head are known by the names they have in every exported graph.
     """
 
     def __init__(self, source: WeightSource) -> None:
-        self._source = source
+        super().__init__(source)
         self._names = source.names()
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._source.config
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._source.files
 
     def names(self) -> frozenset[str]:
         return self._names
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(self._stored(name))
-
-    def read(self, name: str) -> NDArray[Any]:
-        return self._source.read(self._stored(name))
-
-    def _stored(self, name: str) -> str:
+    def _stored_name(self, name: str) -> str:
         spellings = (name, f"model.{name}", *_SPELLINGS.get(name, ()))
         return next((spelling for spelling in spellings if spelling in self._names), name)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
-from numpy.typing import NDArray
 
 from dspark_export.weights import WeightSource
+from dspark_export.weights.wrapped import WrappedWeights
 
 _PREFIXES = {
     "model.language_model.": "model.",
@@ -18,29 +15,18 @@ _PREFIXES = {
 """Beginnings of stored names, by new and old versions of transformers -> what a checkpoint without images has."""
 
 
-class LanguageModelWeights:
+class LanguageModelWeights(WrappedWeights):
     """A source whose config has a ``text_config``: tensors of its language model by their plain names."""
 
     def __init__(self, source: WeightSource) -> None:
-        self._source = source
+        super().__init__(source)
         self._stored = {_plain(name): name for name in sorted(source.names())}
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self._source.config
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        return self._source.files
 
     def names(self) -> frozenset[str]:
         return frozenset(self._stored)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(self._stored.get(name, name))
-
-    def read(self, name: str) -> NDArray[Any]:
-        return self._source.read(self._stored.get(name, name))
+    def _stored_name(self, name: str) -> str:
+        return self._stored.get(name, name)
 
 
 def _plain(name: str) -> str:

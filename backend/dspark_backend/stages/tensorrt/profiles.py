@@ -31,6 +31,11 @@ def fit(size: int, allowed: Range) -> int | None:
     return max(allowed.low, min(rounded(size), allowed.high))
 
 
+def most(profiles: Sequence[Profile], symbol: str) -> int:
+    """The largest size that any of the profiles takes."""
+    return max(profile.ranges[symbol].high for profile in profiles)
+
+
 def choose(profiles: Sequence[Profile], needed: Mapping[str, int], limits: Mapping[str, int]) -> Choice:
     """The first profile that holds what a step needs. ``limits`` bounds rounding, where there is no more to view.
 
