@@ -169,6 +169,29 @@ def test_metrics_exist() -> None:
     assert set(re.findall(r'reason=\\+"(\w+)', rules)) <= reasons
 
 
+def test_the_dashboard_shows_metrics_that_exist() -> None:
+    manifest = render('monitoring={"dashboard":{"enabled":true}}').find("ConfigMap", "-dashboard")
+    assert manifest["metadata"]["labels"]["grafana_dashboard"] == "1"
+    dashboard = json.loads(manifest["data"]["dspark.json"])
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    expressions = [target["expr"] for panel in panels for target in panel["targets"]]
+    histograms = {f"dspark_{name}" for name in ("time_to_first_token_seconds", "time_per_output_token_seconds")}
+    assert len(panels) >= 12 and all(panel["targets"] and panel["description"] for panel in panels)
+    for expression in expressions:
+        found = named_metrics(expression)
+        assert found and found <= exported_metrics(), expression
+        # Every series is of the chosen pods alone.
+        selected = re.findall(r'dspark_\w+\{namespace=~"\$namespace",pod=~"\$pod"[^}]*\}', expression)
+        assert len(selected) == len(re.findall(r"dspark_\w+", expression)), expression
+        assert expression.count("(") == expression.count(")")
+        # A counter alone only grows: its rate is what a picture shows.
+        assert all(f"rate({name}{{" in expression for name in found if name.endswith("_total")), expression
+    assert {f"{name}_bucket" for name in histograms} <= {name for text in expressions for name in named_metrics(text)}
+    assert {"$namespace", "$pod"} == {f"${name['name']}" for name in dashboard["templating"]["list"][1:]}
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places) and all(p["gridPos"]["x"] + p["gridPos"]["w"] <= 24 for p in panels)
+
+
 def test_the_autoscaler_reads_what_the_adapter_serves() -> None:
     hpa = render('autoscaling={"enabled":true}').find("HorizontalPodAutoscaler")["spec"]
     adapter = yaml.safe_load((CHART / "examples" / "prometheus-adapter.yaml").read_text())

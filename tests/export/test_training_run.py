@@ -199,6 +199,22 @@ def test_layers_can_start_as_the_targets_last_ones(target, tmp_path):
             )
 
 
+def test_a_written_drafter_can_be_trained_further(target, straight, tmp_path):
+    settings = target.settings(tmp_path, init_from=straight, seed=5, learning_rate=1e-8)
+    train(settings, steps=1)
+    before, after = (load_file(folder / "model.safetensors") for folder in (straight, tmp_path))
+    assert before.keys() == after.keys()
+    for name, weights in before.items():
+        np.testing.assert_allclose(after[name], weights, rtol=1e-4, atol=1e-6, err_msg=name)
+    # The scale of the features, which the written weights contain, is another on other text.
+    scales = [state_of(folder).feature_scale for folder in (straight, tmp_path)]
+    assert not torch.equal(*scales)
+    with pytest.raises(ExportError, match="expected block_size 3, as the options say, the drafter has 5"):
+        train(target.settings(tmp_path / "block", init_from=straight, block_size=3), steps=1)
+    with pytest.raises(ExportError, match="expected layers like the target's"):
+        train(target.settings(tmp_path / "layers", init_from=straight, layers=2), steps=1)
+
+
 def test_bigrams_are_a_better_start(tmp_path):
     """Before the first step counts: the first row of the curve, and the loss of the first step."""
     target, found = tiny_target(tmp_path / "target", tied=False), {}

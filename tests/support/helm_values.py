@@ -24,7 +24,7 @@ COMBINATIONS: list[tuple[Path | str, ...]] = [
     ('autoscaling={"enabled":true,"waitingRequests":0}',),
     ('autoscaling={"enabled":true,"verifyBudgetPressurePercent":0}', GATEWAY),
     ('keda={"enabled":true,"verifyBudgetPressurePercent":0}',),
-    ('monitoring={"podMonitor":{"enabled":true},"prometheusRule":{"enabled":true}}',),
+    ('monitoring={"podMonitor":{"enabled":true},"prometheusRule":{"enabled":true},"dashboard":{"enabled":true}}',),
     ('networkPolicy={"enabled":false}', GATEWAY),
     ('networkPolicy={"monitoring":[],"extraEgress":[{"ports":[{"protocol":"TCP","port":9000}]}]}',),
     ('podDisruptionBudget={"enabled":false}', 'topologySpread={"enabled":false}', 'service={"headless":false}'),

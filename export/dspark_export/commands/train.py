@@ -51,6 +51,9 @@ def train(
         str | None,
         typer.Option(help="Of the verifier's layers, those that the drafter reads, such as 1,8; default all."),
     ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Drafter in the released layout to train further, with the same architecture.")
+    ] = None,
     init_markov: Annotated[str, typer.Option(help="Markov head at the start: bigram or random.")] = "bigram",
     init_layers: Annotated[str, typer.Option(help="Layers at the start: random, or target for copies of its last.")] = (
         "target"

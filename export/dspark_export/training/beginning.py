@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dspark_export.errors import ExportError
-from dspark_export.torch_drafter import TorchDrafter
+from dspark_export.torch_drafter import TorchDrafter, load_torch_drafter
 from dspark_export.training.batch import Example
 from dspark_export.training.export import spec_of
 from dspark_export.training.markov_init import bigram_factors, start_from_bigrams
@@ -61,6 +63,35 @@ def first_drafter(
             drafter.confidence_head.proj.bias.zero_()
     if settings.init_markov == "bigram":
         start_from_bigrams(drafter.markov_head, bigram_factors(statistics, ids, settings.rank, settings.text.seed))
+    return drafter
+
+
+@torch.no_grad()
+def continued_drafter(
+    checkpoint: Path, config: Mapping[str, Any], shared: tuple[Tensor, Tensor], feature_scale: Tensor
+) -> TorchDrafter:
+    """The drafter of an earlier run, or a released one, to be trained further behind this run's scale of features.
+
+    It keeps its own mask token.
+
+    Raises:
+        ExportError: it is not the drafter that ``config`` describes.
+    """
+    drafter = load_torch_drafter(checkpoint, *shared)
+    wanted = spec_of(config)
+    for field in fields(wanted):
+        theirs, ours = getattr(drafter.spec, field.name), getattr(wanted, field.name)
+        if theirs != ours and field.name not in ("decoder", "mask_token_id"):
+            raise ExportError(
+                f"--init-from {checkpoint}: expected {field.name} {ours}, as the options say, the drafter has {theirs}"
+            )
+    if drafter.spec.decoder != wanted.decoder:
+        raise ExportError(
+            f"--init-from {checkpoint}: expected layers like the target's (sizes, heads, RoPE, --layers "
+            f"{wanted.decoder.num_layers}), the drafter's differ"
+        )
+    drafter.feature_scale.copy_(feature_scale)
+    drafter.fc.weight.div_(feature_scale)
     return drafter
 
 

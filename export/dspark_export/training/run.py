@@ -19,7 +19,7 @@ from dspark_backend.stages.batch import FloatArray
 from dspark_export.errors import ExportError
 from dspark_export.torch_drafter import TorchDrafter
 from dspark_export.training.batch import Example
-from dspark_export.training.beginning import first_drafter, scale_of
+from dspark_export.training.beginning import continued_drafter, first_drafter, scale_of
 from dspark_export.training.checkpoint import (
     CHECKPOINT_FILE,
     Checkpoint,
@@ -150,13 +150,17 @@ class TrainingRun:
             first = [
                 pair for index in range(settings.first_shards) for pair in self._rounds.shard(HELD_OUT + 1 + index)
             ]
-            self._tell("count tokens")
-            statistics = count_tokens(map(self._example, first), artifact.vocab_size)
             scale = scale_of(map(self._example, first), columns)
             torch.manual_seed(settings.text.seed)
             np.random.seed(settings.text.seed)
             random.seed(settings.text.seed)
-            drafter = first_drafter(self._config, settings, shared, statistics, scale, weights)
+            if settings.init_from is not None:
+                drafter = continued_drafter(settings.init_from, self._config, shared, scale)
+                self._config["mask_token_id"] = drafter.spec.mask_token_id
+            else:
+                self._tell("count tokens")
+                statistics = count_tokens(map(self._example, first), artifact.vocab_size)
+                drafter = first_drafter(self._config, settings, shared, statistics, scale, weights)
             precision = faster_precision() if settings.precision == "auto" else settings.precision
         else:
             self._config, precision = stored.config, stored.precision

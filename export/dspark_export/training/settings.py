@@ -52,6 +52,8 @@ class TrainSettings:
     """None takes the target's."""
     target_layer_ids: tuple[int, ...] | None = None
     """Of the layers that the verifier was exported with, those whose outputs the drafter reads; None reads all."""
+    init_from: Path | None = None
+    """A drafter in the released layout to go on from, instead of first weights; read at the first step alone."""
     init_markov: MarkovStart = "bigram"
     init_layers: LayerStart = "target"
     optimiser: OptimiserKind = "adamw"

@@ -5,6 +5,7 @@
 #
 # OUT: folder of the run. Started again, it goes on where it was; HOURS count from the very beginning. The learning rate
 # falls over the last fifth of HOURS (DECAY): a run that is to be made longer is stopped with a signal before that.
+# INIT_FROM: a drafter to train further, such as export/pretrained/smollm2-135m.
 set -euo pipefail
 
 verifier=$1 out=$2 hours=$3
@@ -23,6 +24,7 @@ while kill -0 "$writer" 2> /dev/null && [ ! -e "$out/corpus/writer.lock" ]; do s
 
 resume=()
 if [ -e "$out/checkpoint.pt" ]; then resume=(--resume); fi
+if [ -n "${INIT_FROM:-}" ]; then resume+=(--init-from "$INIT_FROM"); fi
 dspark-export train --verifier "$verifier" --model "${MODEL:-smollm2-135m}" --out "$out" --corpus "$out/corpus" \
     "${text[@]}" --hours "$hours" --schedule wsd --decay-share "${DECAY:-0.2}" \
     --target-layer-ids 1,8,14,20,27 --block-size 5 --layers 2 --rank 64 --draft-vocab 16384 \
