@@ -17,11 +17,12 @@ from dspark_backend.calibration import Calibration, OnlineCalibration
 from dspark_backend.cost import CostModel
 from dspark_backend.cost_cache import CostCache
 from dspark_backend.draft_state import Survival
+from dspark_backend.drafting_choice import DraftingChoice
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.rng import Purpose
 from dspark_backend.round_cost import RoundCost
 from dspark_backend.round_plan import Block, Round
-from dspark_backend.scheduling import DepthPolicy, DraftRound, best_throughput
+from dspark_backend.scheduling import DepthPolicy, DraftRound
 from dspark_backend.sequence import SequenceState
 from dspark_backend.stages.batch import IntArray
 from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput, DraftSampling
@@ -31,14 +32,8 @@ from dspark_backend.verification import VerifiedDrafts
 
 _FLUSH_ROWS = 256
 """Context rows of a sequence that may wait; more go to the drafter at once, so that memory stays flat."""
-_PROBE_EVERY = 48
-"""Rounds after which a sequence drafts again although it did not seem to pay: acceptance changes along a text."""
-_PROBE_ALONG = 24
-"""Rounds after which it does so along with one that is due: one drafting round of many costs less than many of one."""
 _SETTLE_EVERY = 16
 """Blocks that are compared with their predictions at once: it is a number for a dashboard, and costs 0.1 ms."""
-_DECIDE_EVERY = 4
-"""Rounds for which it is not asked again whether drafting pays."""
 _MEMORY = 0.8
 """Weight of the past in a sequence's running survival."""
 
@@ -65,7 +60,7 @@ class Speculator:
         self._prior: Survival | None = None
         self._online = OnlineCalibration(drafter.artifact.block_size)
         self._judged: list[tuple[Block, int]] = []
-        self._decided: _Decision | None = None
+        self._choice = DraftingChoice(self._cost)
         self._drawing: tuple[list[int], DraftSampling] | None = None
         """The sequences that drafted last, and how: mostly the same ones as in the round before."""
         self.block_size = drafter.artifact.block_size
@@ -83,9 +78,8 @@ class Speculator:
         count = len(running)
         blocks = [Block()] * count
         limits = self._limits(running)
-        chosen = self._worth_drafting(running, limits, capacity)
-        for row, sequence in enumerate(running):
-            sequence.draft.idle_rounds = 0 if row in chosen else sequence.draft.idle_rounds + 1
+        chosen = self._choice.rows(running, limits, capacity, self._prior)
+        self._count_idle(running, limits, set(chosen))
         if chosen:
             drafting = [running[row] for row in chosen]
             output = self._draft(drafting, capacity)
@@ -130,6 +124,13 @@ class Speculator:
         self._cost.observe_verify(planned.predicted_seconds, seconds)
         self._metrics.cost_model_error.value = self._cost.mean_relative_error
 
+    def _count_idle(self, running: Sequence[SequenceState], limits: IntArray, chosen: set[int]) -> None:
+        skipped = 0
+        for row, sequence in enumerate(running):
+            sequence.draft.idle_rounds = 0 if row in chosen else sequence.draft.idle_rounds + 1
+            skipped += row not in chosen and limits[row] > 0
+        self._metrics.spec_decode_drafter_skips_total.add(skipped)
+
     def _limits(self, running: Sequence[SequenceState]) -> IntArray:
         """Most drafts worth verifying: the last token of an answer needs no draft behind it."""
         limits = []
@@ -141,42 +142,6 @@ class Speculator:
                 most = 0
             limits.append(max(0, min(most, self.block_size, self.block_size if cap is None else cap)))
         return np.array(limits, dtype=np.int64)
-
-    def _worth_drafting(self, running: Sequence[SequenceState], limits: IntArray, capacity: int) -> list[int]:
-        """Rows that draft: the static policies always, the adaptive ones where the expected gain covers the cost."""
-        able: list[int] = np.flatnonzero(limits > 0).tolist()
-        static = [row for row in able if not running[row].prepared.policy.adaptive]
-        adaptive = [row for row in able if running[row].prepared.policy.adaptive]
-        if not adaptive or self._pays([running[row] for row in adaptive], limits[adaptive], len(running), capacity):
-            return able
-        idle = {row: running[row].draft.idle_rounds for row in adaptive}
-        due = max(idle.values()) >= _PROBE_EVERY
-        probing = [row for row in adaptive if due and idle[row] >= _PROBE_ALONG]
-        self._metrics.spec_decode_drafter_skips_total.add(len(adaptive) - len(probing))
-        return sorted(static + probing)
-
-    def _pays(self, drafting: Sequence[SequenceState], limits: IntArray, count: int, capacity: int) -> bool:
-        """Whether tokens a second are expected to rise by drafting, judged by earlier rounds alone.
-
-        The averages that decide move slowly: an answer holds for a few rounds of the same requests.
-        """
-        numbers = [sequence.number for sequence in drafting]
-        if self._decided is None or self._decided.spent or self._decided.numbers != numbers:
-            expected = [
-                sequence.draft.expected if sequence.draft.expected is not None else self._prior for sequence in drafting
-            ]
-            if any(curve is None for curve in expected):
-                return True  # nothing is known yet: find out
-            self._decided = _Decision(numbers, self._gains(np.array(expected), limits, count, capacity))
-        self._decided.rounds += 1
-        return self._decided.pays
-
-    def _gains(self, survival: Survival, limits: IntArray, count: int, capacity: int) -> bool:
-        """Whether drafting for the rows of ``survival`` [n, g], of ``count`` requests, raises tokens a second."""
-        seconds = self._cost.round_seconds(count, len(survival), int(limits.sum()), capacity)
-        without = float(self._cost.round_seconds(count, 0, 0, capacity)[0])
-        # What was learned in earlier rounds cannot leak a token of this one: the free search is allowed here.
-        return best_throughput(DraftRound(survival, survival, limits, seconds, count)) > count / without
 
     def _draft(self, drafting: Sequence[SequenceState], capacity: int) -> DraftOutput:
         uniforms = np.zeros((len(drafting), self.block_size), dtype=np.float32)
@@ -272,20 +237,6 @@ class Speculator:
             state.recent.append(curve)
             state.expected = _blend(state.expected, curve)
             self._prior = _blend(self._prior, curve)
-
-
-@dataclass
-class _Decision:
-    """Whether some sequences should draft."""
-
-    numbers: list[int]
-    pays: bool
-    rounds: int = 0
-    """How long it was relied on."""
-
-    @property
-    def spent(self) -> bool:
-        return self.rounds >= _DECIDE_EVERY
 
 
 def _blend(past: Survival | None, now: Survival) -> Survival:
