@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 
 from dspark_backend.errors import ArtifactError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
+
+_NOTHING = 1e-12
+"""Seconds of what costs nothing: a curve holds positive times."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,14 @@ class CostModel:
     verify: tuple[StepCurve, ...]
     draft: tuple[StepCurve, ...] = ()
     """One point each, at q = 1 (an anchor a request); empty where there is no drafter."""
+    uneven: tuple[StepCurve, ...] = ()
+    """One point each, at the same (R, C) as verify curves: a step in which one request has q tokens and the others one
+    each. Attention may work on as many places for everybody as the widest request needs."""
 
     def __post_init__(self) -> None:
         if not self.verify:
             raise ArtifactError("cost model: expected at least one verify curve, got none")
-        for name, curves in (("verify", self.verify), ("draft", self.draft)):
+        for name, curves in (("verify", self.verify), ("draft", self.draft), ("uneven", self.uneven)):
             places = [(curve.num_requests, curve.capacity) for curve in curves]
             if len(set(places)) != len(places):
                 raise ArtifactError(f"cost model: expected one {name} curve a (num_requests, capacity), got {places}")
@@ -143,8 +149,27 @@ class CostModel:
     def _draft_surface(self) -> _Surface:
         return _Surface(self.draft)
 
-    def verify_seconds(self, num_requests: int, token_counts: IntArray, capacity: int) -> FloatArray:
+    @cached_property
+    def _place_surface(self) -> _Surface | None:
+        """Seconds that a place more costs which the widest request needs and the mean one does not; None: nothing."""
+        if not self.uneven:
+            return None
+        # A single request is never uneven.
+        curves = [StepCurve(1, capacity, (1,), (_NOTHING,)) for capacity in {one.capacity for one in self.uneven}]
+        for one in self.uneven:
+            count, (widest,), (seconds,) = one.num_requests, one.tokens_each, one.seconds
+            mean = (count - 1 + widest) / count
+            even = float(self._verify_surface.at(count, np.array([mean]), one.capacity)[0])
+            curves.append(StepCurve(count, one.capacity, (1,), (max((seconds - even) / (widest - mean), _NOTHING),)))
+        return _Surface(curves)
+
+    def verify_seconds(
+        self, num_requests: int, token_counts: IntArray, capacity: int, widest: int | None = None
+    ) -> FloatArray:
         """Predicted seconds of verification steps of R requests and B tokens, int64 [n] -> float64 [n].
+
+        Args:
+            widest: most tokens of one request; None for as many as the others.
 
         Raises:
             ValueError: no request, or fewer tokens than requests.
@@ -152,7 +177,16 @@ class CostModel:
         counts = np.asarray(token_counts, dtype=np.float64)
         if num_requests < 1 or (counts < num_requests).any():
             raise ValueError(f"expected a token or more for each of at least one request, got {num_requests} requests")
-        return self._verify_surface.at(num_requests, counts / num_requests, capacity)
+        each = counts / num_requests
+        seconds = self._verify_surface.at(num_requests, each, capacity)
+        if widest is None or self._place_surface is None:
+            return seconds
+        return seconds + self.place_seconds(num_requests, capacity) * np.maximum(widest - each, 0.0)
+
+    def place_seconds(self, num_requests: int, capacity: int) -> float:
+        """What a step takes longer for every token that the widest request has more than the mean one."""
+        surface = self._place_surface
+        return 0.0 if surface is None else float(surface.at(num_requests, np.ones(1), capacity)[0])
 
     def draft_seconds(self, num_requests: int, capacity: int) -> float:
         """Predicted seconds of a drafting round; 0 without requests or drafter."""
@@ -175,13 +209,14 @@ class CostModel:
             raw = json.loads(text)
         except json.JSONDecodeError as error:
             raise ArtifactError(f"cost model: expected JSON, got {error}") from error
-        if not isinstance(raw, dict) or raw.keys() != {"format_version", "verify", "draft"}:
-            raise ArtifactError("cost model: expected an object with format_version, verify and draft")
-        if raw["format_version"] != FORMAT_VERSION:
+        version = raw.get("format_version") if isinstance(raw, dict) else None
+        if version not in (None, FORMAT_VERSION):
             raise ArtifactError(
-                f"cost model: expected format_version {FORMAT_VERSION}, got {raw['format_version']!r}; measure it again"
+                f"cost model: expected format_version {FORMAT_VERSION}, got {version!r}; measure it again"
             )
-        return cls(_curves("verify", raw["verify"]), _curves("draft", raw["draft"]))
+        if not isinstance(raw, dict) or raw.keys() != {"format_version", "verify", "draft", "uneven"}:
+            raise ArtifactError("cost model: expected an object with format_version, verify, draft and uneven")
+        return cls(*(_curves(name, raw[name]) for name in ("verify", "draft", "uneven")))
 
 
 def _curves(name: str, raw: Any) -> tuple[StepCurve, ...]:

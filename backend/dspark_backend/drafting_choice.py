@@ -9,7 +9,6 @@ import numpy as np
 
 from dspark_backend.draft_state import Survival
 from dspark_backend.round_cost import RoundCost
-from dspark_backend.scheduling import DraftRound, best_throughput
 from dspark_backend.sequence import SequenceState
 from dspark_backend.stages.batch import IntArray
 
@@ -24,17 +23,29 @@ _DECIDE_EVERY = 4
 """Rounds for which it is not asked again who should draft."""
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Who drafts, and how deep the adaptive policies may go."""
+
+    rows: list[int]
+    """Ascending."""
+    depth: int
+    """Most drafts to verify of a request with an adaptive policy: where the widest request makes a step longer for all,
+    a few deep drafts are not worth it."""
+
+
 class DraftingChoice:
     """Chooses by what earlier rounds taught alone, so that no choice can depend on a token that it decides about."""
 
-    def __init__(self, cost: RoundCost) -> None:
+    def __init__(self, cost: RoundCost, block_size: int) -> None:
         self._cost = cost
+        self._block_size = block_size
         self._decided: _Decision | None = None
 
-    def rows(
+    def choose(
         self, running: Sequence[SequenceState], limits: IntArray, capacity: int, prior: Survival | None
-    ) -> list[int]:
-        """Ascending rows of ``running`` that draft: the static policies always, the adaptive ones where it pays.
+    ) -> Chosen:
+        """Of ``running``, those with a static policy draft always, those with an adaptive one where it pays.
 
         Args:
             limits: [R], most drafts worth verifying for each.
@@ -43,12 +54,15 @@ class DraftingChoice:
         able: list[int] = np.flatnonzero(limits > 0).tolist()
         adaptive = [row for row in able if running[row].prepared.policy.adaptive]
         if not adaptive:
-            return able
+            return Chosen(able, self._block_size)
         gainful = self._gainful(running, adaptive, limits, capacity, prior)
-        idle = {row: running[row].draft.idle_rounds for row in adaptive if row not in gainful}
+        rows, depth = set(gainful.rows), gainful.depth
+        idle = {row: running[row].draft.idle_rounds for row in adaptive if row not in rows}
         if any(rounds >= _PROBE_EVERY for rounds in idle.values()):
-            gainful = gainful | {row for row, rounds in idle.items() if rounds >= _PROBE_ALONG}
-        return [row for row in able if row in gainful or not running[row].prepared.policy.adaptive]
+            rows |= {row for row, rounds in idle.items() if rounds >= _PROBE_ALONG}
+            # Their confidences are what is wanted.
+            depth = max(depth, 1 if self._cost.place_costs(len(running), capacity) else self._block_size)
+        return Chosen([row for row in able if row in rows or not running[row].prepared.policy.adaptive], depth)
 
     def _gainful(
         self,
@@ -57,22 +71,23 @@ class DraftingChoice:
         limits: IntArray,
         capacity: int,
         prior: Survival | None,
-    ) -> set[int]:
+    ) -> Chosen:
         """The averages that decide move slowly: an answer holds for a few rounds of the same sequences."""
         numbers = [running[row].number for row in adaptive]
         if self._decided is None or self._decided.spent or self._decided.numbers != numbers:
             if prior is None:
-                return set(adaptive)  # nothing is known yet: find out
+                return Chosen(adaptive, self._block_size)  # nothing is known yet: find out
             curves = [running[row].draft.expected for row in adaptive]
-            expected = [prior**_HOPE if curve is None else curve for curve in curves]
-            places = most_gainful(np.array(expected), limits[adaptive], len(running), capacity, self._cost)
-            self._decided = _Decision(numbers, {adaptive[place] for place in places})
+            expected = np.array([prior**_HOPE if curve is None else curve for curve in curves])
+            found = most_gainful(expected, limits[adaptive], len(running), capacity, self._cost)
+            self._decided = _Decision(numbers, Chosen([adaptive[place] for place in found.rows], found.depth))
         self._decided.rounds += 1
-        return self._decided.rows
+        return self._decided.chosen
 
 
-def most_gainful(survival: Survival, limits: IntArray, count: int, capacity: int, cost: RoundCost) -> list[int]:
-    """Rows of ``survival`` [n, g] for which drafting raises tokens a second the most; none where it lowers them.
+def most_gainful(survival: Survival, limits: IntArray, count: int, capacity: int, cost: RoundCost) -> Chosen:
+    """Rows of ``survival`` [n, g] that should draft, and how deep, for the most tokens a second; none where drafting
+    lowers them.
 
     Those with the longest expected prefix go first; up to how many is tried in eighths of all.
 
@@ -80,18 +95,21 @@ def most_gainful(survival: Survival, limits: IntArray, count: int, capacity: int
         limits: [n], most drafts worth verifying for each.
         count: requests of the batch, n or more.
     """
-    gains = np.where(np.arange(survival.shape[1]) < limits[:, None], survival, 0.0).sum(axis=1)
-    order = np.argsort(-gains, kind="stable")
-    best, chosen = count / float(cost.round_seconds(count, 0, 0, capacity)[0]), 0
-    size = len(order)
+    size, block = survival.shape
+    # What was learned in earlier rounds cannot leak a token of this one: a free search is allowed here.
+    within = np.where(np.arange(block) < limits[:, None], survival, 0.0)
+    order = np.argsort(-within.sum(axis=1), kind="stable")
+    within = within[order]
+    best, chosen = count / float(cost.round_seconds(count, 0, 0, capacity, 0)[0]), Chosen([], 0)
+    depths = range(1, block + 1) if cost.place_costs(count, capacity) else (block,)
     for tried in sorted({-(-size * part // 8) for part in range(1, 9)}):
-        rows = order[:tried]
-        seconds = cost.round_seconds(count, tried, int(limits[rows].sum()), capacity)
-        # What was learned in earlier rounds cannot leak a token of this one: the free search is allowed here.
-        throughput = best_throughput(DraftRound(survival[rows], survival[rows], limits[rows], seconds, count))
-        if throughput > best:
-            best, chosen = throughput, tried
-    return sorted(order[:chosen].tolist())
+        for depth in depths:
+            ranked = -np.sort(-within[:tried, :depth], axis=None)
+            seconds = cost.round_seconds(count, tried, tried * depth, capacity, depth)[1:]
+            throughput = float(((count + np.cumsum(ranked)) / seconds).max())
+            if throughput > best:
+                best, chosen = throughput, Chosen(sorted(order[:tried].tolist()), depth)
+    return chosen
 
 
 @dataclass
@@ -99,7 +117,7 @@ class _Decision:
     """Which of some sequences should draft."""
 
     numbers: list[int]
-    rows: set[int]
+    chosen: Chosen
     rounds: int = 0
     """How long it was relied on."""
 

@@ -48,7 +48,8 @@ class Level:
 
 @dataclass(frozen=True)
 class Grid:
-    """Points to measure: every (R, C) of the levels with every q, and with a drafter one draft at every (R, C)."""
+    """Points to measure: every (R, C) of the levels with every q; with a drafter also one draft, and one step in which
+    the first request alone has the most tokens."""
 
     levels: tuple[Level, ...]
     tokens_each: tuple[int, ...]
@@ -95,6 +96,8 @@ class Grid:
         for index, level in enumerate(self.levels):
             for requests in level.requests:
                 shares = [(requests * each - 1) / max(most, 1) for each in self.tokens_each]
+                if draft and requests > 1:  # the uneven step
+                    shares.append((requests - 2 + self.tokens_each[-1]) / max(most, 1))
                 step = sum(lightest + max(heaviest - lightest, 0.0) * share for share in shares)
                 total += (step + draft) * (1.0 if index == 0 else 1.5)
         return total

@@ -33,6 +33,13 @@ class _Point:
     num_requests: int
     tokens_each: int
     """0: a drafting round."""
+    widest: int = 0
+    """Tokens of the first request where it has more than the others."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every request."""
+        return [max(self.widest, self.tokens_each)] + [self.tokens_each] * (self.num_requests - 1)
 
 
 @dataclass
@@ -47,9 +54,12 @@ class _Samples:
     def model(self) -> CostModel:
         verify: dict[tuple[int, int], dict[int, float]] = {}
         draft: list[StepCurve] = []
+        uneven: list[StepCurve] = []
         for point, samples in self.by_point.items():
             seconds = _typical(samples)
-            if point.tokens_each:
+            if point.widest:
+                uneven.append(StepCurve(point.num_requests, point.capacity, (point.widest,), (seconds,)))
+            elif point.tokens_each:
                 verify.setdefault((point.num_requests, point.capacity), {})[point.tokens_each] = seconds
             else:
                 draft.append(StepCurve(point.num_requests, point.capacity, (1,), (seconds,)))
@@ -57,7 +67,7 @@ class _Samples:
             StepCurve(requests, capacity, tuple(sorted(times)), tuple(times[each] for each in sorted(times)))
             for (requests, capacity), times in verify.items()
         ]
-        return CostModel(tuple(curves), tuple(draft))
+        return CostModel(tuple(curves), tuple(draft), tuple(uneven))
 
 
 def _typical(samples: list[float]) -> float:
@@ -105,9 +115,8 @@ class _Bench:
         return self._verify_seconds(point, end) if point.tokens_each else self._draft_seconds(point, end)
 
     def _verify_seconds(self, point: _Point, end: int) -> float:
-        tokens = self._random.integers(
-            self._verifier.artifact.vocab_size, size=(point.num_requests, point.tokens_each)
-        ).tolist()
+        vocab = self._verifier.artifact.vocab_size
+        tokens = [self._random.integers(vocab, size=length).tolist() for length in point.lengths]
         batch = StepBatch.pack([Segment(slot, end - len(row), row, 0) for slot, row in enumerate(tokens)])
         begin = time.perf_counter()
         self._verifier.step(batch)
@@ -191,6 +200,10 @@ class _Profiler:
                 point = _Point(level.capacity, requests, each)
                 # The first run of a shape plans its memory, the first over other slots binds them: neither is typical.
                 self._take(point, [point] if first or place == 0 else [], first)
+            # A drafter alone makes steps in which requests have different numbers of tokens.
+            if self._bench.has_drafter and requests > 1 and tokens_each[-1] > 1:
+                point = _Point(level.capacity, requests, 1, widest=tokens_each[-1])
+                self._take(point, [point] if first else [], first)
         if not self._bench.has_drafter:
             return
         # Apart from the steps: a runtime's threads go on spinning after a run, and slow the other stage's next one.

@@ -29,7 +29,7 @@ class RoundCost:
         self._cache = cache
         self._verify = CostTracker()
         self._draft = CostTracker()
-        self._curves: dict[tuple[int, int], FloatArray] = {}
+        self._curves: dict[tuple[int, int, int], FloatArray] = {}
         self._draft_times: dict[tuple[int, int], float] = {}
 
     @property
@@ -37,13 +37,21 @@ class RoundCost:
         """Running mean of abs(predicted - actual) / actual of verification steps."""
         return self._verify.mean_relative_error
 
-    def verify_seconds(self, num_requests: int, drafts: int, capacity: int) -> float:
-        """Of a step of so many requests and so many drafts in all, as the model has it."""
-        return float(self._curve(num_requests, capacity)[drafts])
+    def verify_seconds(self, num_requests: int, drafts: int, capacity: int, depth: int) -> float:
+        """Of a step of so many requests and so many drafts in all, ``depth`` at most of one, as the model has it."""
+        return float(self._curve(num_requests, capacity, depth)[drafts])
 
-    def round_seconds(self, num_requests: int, drafting: int, most: int, capacity: int) -> FloatArray:
-        """Of a round in which ``drafting`` requests draft and k drafts are verified: float64 [most + 1], by k."""
-        verify = self._curve(num_requests, capacity)[: most + 1] * self._verify.scale
+    def place_costs(self, num_requests: int, capacity: int) -> bool:
+        """Whether it takes time that one request goes deeper than the others: more than a thousandth of a step."""
+        place = self._model.place_seconds(num_requests, capacity)
+        return place > 1e-3 * float(self._curve(num_requests, capacity, 0)[0])
+
+    def round_seconds(self, num_requests: int, drafting: int, most: int, capacity: int, depth: int) -> FloatArray:
+        """Of a round in which ``drafting`` requests draft and k drafts are verified: float64 [most + 1], by k.
+
+        Whatever k is, the step has room for ``depth`` drafts of each request.
+        """
+        verify = self._curve(num_requests, capacity, depth)[: most + 1] * self._verify.scale
         verify += self._draft_seconds(drafting, capacity) * self._draft.scale
         return verify
 
@@ -62,13 +70,13 @@ class RoundCost:
         """A drafting round of so many requests took so long."""
         self._draft.update(self._draft_seconds(num_requests, capacity), seconds)
 
-    def _curve(self, num_requests: int, capacity: int) -> FloatArray:
+    def _curve(self, num_requests: int, capacity: int, depth: int) -> FloatArray:
         """float64 [block_size * num_requests + 1], by drafts."""
-        key = (num_requests, capacity)
+        key = (num_requests, capacity, depth)
         curve = self._curves.get(key)
         if curve is None:
             counts = num_requests + np.arange(self._block_size * num_requests + 1)
-            curve = self._model.verify_seconds(num_requests, counts, capacity)
+            curve = self._model.verify_seconds(num_requests, counts, capacity, widest=depth + 1)
             if len(self._curves) == self._MOST_KEPT:
                 self._curves.clear()
             self._curves[key] = curve

@@ -173,12 +173,6 @@ def _throughput(ranked: FloatArray, draft_round: DraftRound) -> FloatArray:
     return tokens / draft_round.seconds[: len(tokens)]
 
 
-def best_throughput(draft_round: DraftRound) -> float:
-    """Most tokens a second to be expected of any depths, by the lagged survival."""
-    ranked = _ranked(_by_place(draft_round.lagged_survival, draft_round.limits))
-    return float(_throughput(ranked, draft_round).max())
-
-
 def _best(drafts: FloatArray, ranked: FloatArray, budget: int) -> IntArray:
     """Depths [R] that hold the ``budget`` first of ``ranked``, which are the values of ``drafts`` [g, R].
 

@@ -60,7 +60,7 @@ class Speculator:
         self._prior: Survival | None = None
         self._online = OnlineCalibration(drafter.artifact.block_size)
         self._judged: list[tuple[Block, int]] = []
-        self._choice = DraftingChoice(self._cost)
+        self._choice = DraftingChoice(self._cost, drafter.artifact.block_size)
         self._drawing: tuple[list[int], DraftSampling] | None = None
         """The sequences that drafted last, and how: mostly the same ones as in the round before."""
         self.block_size = drafter.artifact.block_size
@@ -78,19 +78,23 @@ class Speculator:
         count = len(running)
         blocks = [Block()] * count
         limits = self._limits(running)
-        chosen = self._choice.rows(running, limits, capacity, self._prior)
+        choice = self._choice.choose(running, limits, capacity, self._prior)
+        chosen = choice.rows
         self._count_idle(running, limits, set(chosen))
         if chosen:
             drafting = [running[row] for row in chosen]
+            adaptive = np.array([sequence.prepared.policy.adaptive for sequence in drafting])
+            limits = np.where(adaptive, np.minimum(limits[chosen], choice.depth), limits[chosen])
             output = self._draft(drafting, capacity)
             sampled = np.array([not sequence.prepared.request.sampling.greedy for sequence in drafting])
             survival = self._calibration.survival(output.confidence_logits, sampled)
-            depths = self._depths(drafting, survival, limits[chosen], count, capacity)
+            depths = self._depths(drafting, survival, limits, count, capacity)
             for place, row in enumerate(chosen):
                 blocks[row] = self._block(running[row], output, place, int(depths[place]), survival[place])
             self._remember(drafting, survival)
-        verified = sum(len(block.drafts.tokens) for block in blocks)
-        return Round(blocks, self._cost.verify_seconds(count, verified, capacity))
+        depths_of_all = [len(block.drafts.tokens) for block in blocks]
+        predicted = self._cost.verify_seconds(count, sum(depths_of_all), capacity, max(depths_of_all, default=0))
+        return Round(blocks, predicted)
 
     def learn(self, sequence: SequenceState, block: Block, accepted: int) -> None:
         """What became of a block that was drafted."""
@@ -194,7 +198,7 @@ class Speculator:
         self, drafting: Sequence[SequenceState], survival: Survival, limits: IntArray, count: int, capacity: int
     ) -> IntArray:
         """Depth of every drafting sequence, int64 [n]. Policies that look at nobody else go first."""
-        seconds = self._cost.round_seconds(count, len(drafting), int(limits.sum()), capacity)
+        seconds = self._cost.round_seconds(count, len(drafting), int(limits.sum()), capacity, int(limits.max()))
         lagged = np.array([self._lagged(sequence) for sequence in drafting])
         groups: dict[DepthPolicy, list[int]] = {}
         for row, sequence in enumerate(drafting):

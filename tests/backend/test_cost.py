@@ -110,12 +110,16 @@ def test_predictions_are_positive_and_survive_json_to_the_last_bit(
         StepCurve(count, rows, tuple(range(1, len(seconds) + 1)), tuple(seconds))
         for (count, rows), seconds in points.items()
     )
-    model = CostModel(curves, tuple(StepCurve(c.num_requests, c.capacity, (1,), c.seconds[:1]) for c in curves))
+    single = tuple(StepCurve(c.num_requests, c.capacity, (1,), c.seconds[:1]) for c in curves)
+    uneven = tuple(StepCurve(c.num_requests, c.capacity, (5,), c.seconds[-1:]) for c in curves if c.num_requests > 1)
+    model = CostModel(curves, single, uneven)
     counts = requests + np.arange(41)
     seconds = model.verify_seconds(requests, counts, capacity)
     assert seconds.shape == (41,)
     assert np.isfinite(seconds).all() and (seconds > 0).all()
     assert model.draft_seconds(requests, capacity) > 0
+    wide = model.verify_seconds(requests, counts, capacity, widest=5)
+    assert np.isfinite(wide).all() and (wide >= seconds).all()
     again = CostModel.from_json(model.to_json())
     assert again == model
     np.testing.assert_array_equal(again.verify_seconds(requests, counts, capacity), seconds)
@@ -151,11 +155,11 @@ def _changed(**changes: object) -> str:
     [
         ("{", "expected JSON"),
         ("[]", "expected an object"),
-        ('{"format_version": 1, "verify": []}', "expected an object"),
-        ('{"format_version": 7, "verify": [], "draft": []}', "format_version 1, got 7"),
-        ('{"format_version": 1, "verify": [], "draft": []}', "at least one verify curve"),
-        ('{"format_version": 1, "verify": 3, "draft": []}', "list of curves"),
-        ('{"format_version": 1, "verify": [{}], "draft": []}', "expected curves with"),
+        ('{"format_version": 2, "verify": []}', "expected an object"),
+        ('{"format_version": 7, "verify": [], "draft": [], "uneven": []}', "format_version 2, got 7"),
+        ('{"format_version": 2, "verify": [], "draft": [], "uneven": []}', "at least one verify curve"),
+        ('{"format_version": 2, "verify": 3, "draft": [], "uneven": []}', "list of curves"),
+        ('{"format_version": 2, "verify": [{}], "draft": [], "uneven": []}', "expected curves with"),
         (_changed(seconds=[0.1]), "a time for each"),
         (_changed(seconds=[0.1, 0.0]), "positive seconds"),
         (_changed(seconds=[0.1, math.inf]), "positive seconds"),

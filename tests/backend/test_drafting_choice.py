@@ -1,4 +1,4 @@
-"""Who drafts: pure choices by expected survival and cost."""
+"""Who drafts, and how deep: pure choices by expected survival and cost."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_backend.cost import CostModel, StepCurve
-from dspark_backend.drafting_choice import most_gainful
+from dspark_backend.drafting_choice import Chosen, most_gainful
 from dspark_backend.round_cost import RoundCost
-from dspark_backend.scheduling import DraftRound, best_throughput
 
 BLOCK = 4
 GOOD, BAD = np.array([0.95, 0.9, 0.85, 0.8]), np.array([0.3, 0.1, 0.03, 0.01])
 
 
-def cost(token: float, draft: float) -> RoundCost:
-    """A step of 16 requests takes 1 and ``token`` for each token more, a draft ``draft`` a request."""
+def cost(token: float, draft: float, place: float = 0.0) -> RoundCost:
+    """A step takes 1 and ``token`` for each token more, a draft ``draft`` a request; ``place`` for every place that the
+    widest request has beyond the mean, for each of the requests."""
     verify = tuple(StepCurve(n, 128, (1, 2), (1.0, 1.0 + token * n)) for n in (1, 16))
     drafting = tuple(StepCurve(n, 128, (1,), (draft * n,)) for n in (1, 16))
-    return RoundCost(CostModel(verify=verify, draft=drafting), BLOCK)
+    tokens, mean = 15 + BLOCK + 1, (15 + BLOCK + 1) / 16
+    uneven = 1.0 + token * (tokens - 16) + 16 * place * (BLOCK + 1 - mean)
+    uneven_curves = (StepCurve(16, 128, (BLOCK + 1,), (uneven,)),) if place else ()
+    return RoundCost(CostModel(verify, drafting, uneven_curves), BLOCK)
 
 
 def limits(count: int, most: int = BLOCK) -> np.ndarray:
@@ -30,45 +33,64 @@ def limits(count: int, most: int = BLOCK) -> np.ndarray:
 def test_those_with_good_drafts_alone_where_a_draft_has_its_price():
     mixed = np.array([BAD, GOOD, BAD, GOOD, BAD, BAD, BAD, GOOD])
     chosen = most_gainful(mixed, limits(8), 8, 128, cost(0.05, 0.08))
-    assert chosen and set(chosen) <= {1, 3, 7}
+    assert chosen.rows and set(chosen.rows) <= {1, 3, 7}
 
 
 def test_everybody_where_drafts_are_cheap_and_nobody_where_they_are_dear():
     same = np.tile(GOOD, (6, 1))
-    assert most_gainful(same, limits(6), 6, 128, cost(0.01, 0.01)) == list(range(6))
-    assert most_gainful(same, limits(6), 6, 128, cost(0.5, 0.5)) == []
-    assert most_gainful(np.tile(BAD, (6, 1)), limits(6), 6, 128, cost(0.05, 0.05)) == []
+    assert most_gainful(same, limits(6), 6, 128, cost(0.01, 0.01)) == Chosen(list(range(6)), BLOCK)
+    assert most_gainful(same, limits(6), 6, 128, cost(0.5, 0.5)) == Chosen([], 0)
+    assert most_gainful(np.tile(BAD, (6, 1)), limits(6), 6, 128, cost(0.05, 0.05)).rows == []
+
+
+def test_places_that_everybody_pays_for_keep_blocks_shallow_or_nobody_drafts():
+    falling = np.tile([0.8, 0.5, 0.2, 0.1], (16, 1))
+    free, dear = cost(0.03, 0.002), cost(0.03, 0.002, place=0.02)
+    assert most_gainful(falling, limits(16), 16, 128, free).depth == BLOCK
+    assert 1 <= most_gainful(falling, limits(16), 16, 128, dear).depth < BLOCK
+    # One good request among many bad ones makes the step longer for all of them.
+    one = np.array([GOOD] + [BAD] * 7)
+    assert most_gainful(one, limits(8), 8, 128, free).rows == [0]
+    assert most_gainful(one, limits(8), 8, 128, cost(0.03, 0.002, place=0.08)).rows == []
+    # Alone in the batch it does not.
+    assert most_gainful(one[:1], limits(1), 1, 128, dear) == Chosen([0], BLOCK)
 
 
 def test_an_answer_about_to_end_gains_little():
     same = np.tile(GOOD, (4, 1))
     room = np.array([1, 4, 1, 4], dtype=np.int64)
-    assert set(most_gainful(same, room, 4, 128, cost(0.02, 0.25))) <= {1, 3}
+    assert set(most_gainful(same, room, 4, 128, cost(0.02, 0.25)).rows) <= {1, 3}
 
 
 @given(
     st.lists(st.lists(st.floats(0, 1), min_size=BLOCK, max_size=BLOCK), min_size=1, max_size=12),
     st.floats(1e-3, 0.6),
     st.floats(1e-3, 0.6),
+    st.sampled_from([0.0, 0.01, 0.1]),
 )
-def test_the_choice_is_never_worse_than_all_or_none(rows, token, draft):
+def test_the_choice_is_never_worse_than_all_or_none(rows, token, draft, place):
     survival = np.minimum.accumulate(np.array(rows), axis=1)
     count = len(survival)
-    times = cost(token, draft)
+    times = cost(token, draft, place)
 
-    def expected(chosen: list[int]) -> float:
-        if not chosen:
-            return count / float(times.round_seconds(count, 0, 0, 128)[0])
-        mine = survival[chosen]
-        seconds = times.round_seconds(count, len(chosen), BLOCK * len(chosen), 128)
-        return best_throughput(DraftRound(mine, mine, limits(len(chosen)), seconds, count))
+    def expected(chosen: Chosen) -> float:
+        """Tokens a second of the best number of drafts, by trying them all."""
+        if not chosen.rows:
+            return count / float(times.round_seconds(count, 0, 0, 128, 0)[0])
+        drafts = sorted(survival[chosen.rows, : chosen.depth].ravel().tolist(), reverse=True)
+        seconds = times.round_seconds(count, len(chosen.rows), len(drafts), 128, chosen.depth)
+        return max((count + sum(drafts[:k])) / seconds[k] for k in range(1, len(drafts) + 1))
 
     chosen = most_gainful(survival, limits(count), count, 128, times)
-    assert chosen == sorted(set(chosen))
-    assert expected(chosen) >= max(expected([]), expected(list(range(count)))) * (1 - 1e-12)
+    assert chosen.rows == sorted(set(chosen.rows))
+    everybody = list(range(count))
+    alternatives = [Chosen([], 0), Chosen(everybody, BLOCK)]
+    if times.place_costs(count, 128):
+        alternatives += [Chosen(everybody, depth) for depth in range(1, BLOCK + 1)]
+    assert expected(chosen) >= max(map(expected, alternatives)) * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
 def test_equal_ones_go_by_row(count):
-    chosen = most_gainful(np.tile(GOOD, (count, 1)), limits(count), count, 128, cost(0.1, 0.1))
-    assert chosen == list(range(len(chosen)))
+    rows = most_gainful(np.tile(GOOD, (count, 1)), limits(count), count, 128, cost(0.1, 0.1)).rows
+    assert rows == list(range(len(rows)))

@@ -89,6 +89,8 @@ def test_every_point_of_the_grid_is_measured(verifier: WatchedStage, drafter: Wa
     assert places(model.verify) == places(model.draft) == {(r, c) for r in (1, 2, 3) for c in (128, 512)}
     assert {curve.tokens_each for curve in model.verify} == {tuple(sorted({1, 2, 3, 5, block + 1}))}
     assert {curve.tokens_each for curve in model.draft} == {(1,)}
+    assert places(model.uneven) == {(r, c) for r in (2, 3) for c in (128, 512)}
+    assert {curve.tokens_each for curve in model.uneven} == {(block + 1,)}
     assert seen[0] == 0.0
     assert seen[-1] == 1.0
     assert all(0.0 <= done <= 1.0 for done in seen)
@@ -97,21 +99,24 @@ def test_every_point_of_the_grid_is_measured(verifier: WatchedStage, drafter: Wa
 def test_without_a_drafter_few_depths_are_measured(verifier: WatchedStage) -> None:
     model = measure(verifier, None, PLAN, artifacts.silent)
     assert {curve.tokens_each for curve in model.verify} == {(1, 2, 4)}
-    assert model.draft == ()
+    assert model.draft == model.uneven == ()
     assert model.draft_seconds(2, 128) == 0.0
 
 
 def test_steps_are_what_serving_runs(verifier: WatchedStage, drafter: WatchedStage) -> None:
     measure(verifier, drafter, PLAN, artifacts.silent)
-    block, ends = drafter.artifact.block_size, set()
+    block, ends, uneven = drafter.artifact.block_size, set(), False
     for batch in verifier.batches:
         lengths = np.diff(batch.offsets)
-        assert (lengths == lengths[0]).all()
+        # Even, or one request as wide as can be and the others with their anchors alone.
+        assert (lengths == lengths[0]).all() or (lengths[0] == block + 1 and (lengths[1:] == 1).all())
+        uneven |= len(set(lengths.tolist())) > 1
         assert batch.slots.tolist() == list(range(len(lengths)))
         assert batch.logit_rows.tolist() == list(range(batch.num_tokens)), "verification wants the logits of all"
         ends.add(int(batch.positions.max()))
         assert (batch.positions[batch.offsets[1:] - 1] == batch.positions.max()).all()
     assert ends == {127, 511}, "the last rows of a full context"
+    assert uneven
     for (_, capacity), draft in drafter.drafts:
         assert (draft.starts == capacity - block).all()
         assert draft.context.positions.max() == draft.starts[0] - 1

@@ -27,28 +27,40 @@ def test_a_round_is_a_draft_and_a_verification(count, capacity):
     most = BLOCK * count
     verify = MODEL.verify_seconds(count, count + np.arange(most + 1), capacity)
     for _ in range(2):
-        np.testing.assert_array_equal(cost.round_seconds(count, 0, most, capacity), verify)
-        drafting = cost.round_seconds(count, count, 2, capacity)
+        np.testing.assert_array_equal(cost.round_seconds(count, 0, most, capacity, 0), verify)
+        drafting = cost.round_seconds(count, count, 2, capacity, 0)
         np.testing.assert_allclose(drafting, verify[:3] + MODEL.draft_seconds(count, capacity), rtol=1e-15)
-        assert cost.verify_seconds(count, most, capacity) == verify[-1]
+        assert cost.verify_seconds(count, most, capacity, 0) == verify[-1]
+
+
+def test_room_for_the_deepest_is_paid_by_all():
+    uneven = (StepCurve(8, 128, (4,), (0.0413,)),)
+    cost = RoundCost(CostModel(MODEL.verify, MODEL.draft, uneven), BLOCK)
+    # 11 tokens evenly are 1.375 each: 33.75 ms; the rest is for the 2.625 places that one request needs beyond that.
+    place = (0.0413 - 0.03375) / 2.625
+    even = MODEL.verify_seconds(8, np.array([8, 10, 12]), 128)
+    got = [cost.verify_seconds(8, drafts, 128, 2) for drafts in (0, 2, 4)]
+    np.testing.assert_allclose(got, even + place * np.array([2.0, 1.75, 1.5]), rtol=1e-9)
+    assert cost.verify_seconds(8, 3, 128, 3) == pytest.approx(0.0413)
+    assert cost.place_costs(8, 128) and not cost.place_costs(1, 128) and not RoundCost(MODEL, BLOCK).place_costs(8, 128)
 
 
 def test_what_was_returned_is_the_callers():
     cost = RoundCost(MODEL, BLOCK)
-    before = cost.round_seconds(2, 2, 4, 128)
+    before = cost.round_seconds(2, 2, 4, 128, 2)
     expected = before.copy()
     before[:] = 0.0
-    np.testing.assert_array_equal(cost.round_seconds(2, 2, 4, 128), expected)
+    np.testing.assert_array_equal(cost.round_seconds(2, 2, 4, 128, 2), expected)
 
 
 def test_each_stage_is_scaled_by_its_own_steps():
     cost = RoundCost(MODEL, BLOCK)
-    verify, draft = cost.verify_seconds(1, 0, 128), MODEL.draft_seconds(1, 128)
+    verify, draft = cost.verify_seconds(1, 0, 128, 0), MODEL.draft_seconds(1, 128)
     for _ in range(300):
         cost.observe_verify(verify, 2 * verify)
         cost.observe_draft(1, 128, 5 * draft)
-    assert cost.round_seconds(1, 1, 0, 128)[0] == pytest.approx(2 * verify + 5 * draft)
-    assert cost.verify_seconds(1, 0, 128) == verify
+    assert cost.round_seconds(1, 1, 0, 128, 0)[0] == pytest.approx(2 * verify + 5 * draft)
+    assert cost.verify_seconds(1, 0, 128, 0) == verify
     assert cost.mean_relative_error == pytest.approx(0.5)
 
 
@@ -56,7 +68,7 @@ def test_many_combinations_are_not_kept_for_ever():
     cost = RoundCost(MODEL, BLOCK)
     for count in range(1, 700):
         expected = MODEL.verify_seconds(count, np.array([count]), 128)[0] + MODEL.draft_seconds(count, 128)
-        assert cost.round_seconds(count, count, 0, 128)[0] == pytest.approx(expected)
+        assert cost.round_seconds(count, count, 0, 128, 0)[0] == pytest.approx(expected)
     assert len(cost._curves) <= RoundCost._MOST_KEPT and len(cost._draft_times) <= RoundCost._MOST_KEPT
 
 
