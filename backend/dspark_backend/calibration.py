@@ -1,17 +1,20 @@
 """Sequential temperature scaling: confidence logits to survival probabilities that are true (DESIGN, "STS").
 
 A drafter's sigmoid(z_k) estimates the chance that draft k is accepted given that all before it were. The scheduler
-multiplies them into the survival of a whole prefix, where overconfidence compounds; one temperature a position, fitted
-left to right on observed rounds, corrects it. Greedy and sampled requests accept at different rates, hence two tables.
+multiplies them into the survival of a whole prefix, where overconfidence compounds; one temperature and one bias a
+position, fitted left to right on observed rounds, correct it. The bias is ours: the head learned 1 - TV, the chance
+that a draw is accepted, and no temperature makes a greedy request's chance of it. Hence two tables, greedy and sampled.
 
 R requests, N observed rounds, g the block size; position k is the k-th draft, index k - 1.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +33,14 @@ MIN_ROUNDS = 50
 """A position with fewer observed rounds keeps temperature 1."""
 GRID = np.logspace(-1.0, 1.0, 41)
 """Temperatures to choose from, 0.1 to 10."""
+BIASES = np.round(np.linspace(-3.0, 3.0, 61), 1)
+"""Biases to choose from, in units of the scaled logit."""
+_COARSE = 5
+"""Every so many of both are tried first, then all around the best: the loss has one valley."""
+_SURE = 1e-6
+"""Least and most probability that an observation is held against."""
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _HINT = "run dspark-export calibrate again, or delete the file to do without calibration"
 _LOWEST = -700.0
 """exp of its negative is still a finite float64."""
@@ -49,37 +58,68 @@ def sigmoid(logits: FloatArray) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Temperatures of one drafter. ``identity`` makes those that change nothing.
+class Scaling:
+    """Temperatures and biases of one sampling regime, one a block position: sigmoid(z / T + b).
 
     Raises:
-        ValueError: the tables are empty, of different lengths, or hold something else than positive finite numbers.
+        ValueError: they are not equally many, a temperature is not positive and finite, or a bias not finite.
     """
 
-    greedy: tuple[float, ...]
-    """One a block position, for requests at temperature 0."""
-    sampled: tuple[float, ...]
-    """The same for all others."""
+    temperatures: tuple[float, ...]
+    biases: tuple[float, ...] = ()
+    """None given: zeros."""
+
+    def __post_init__(self) -> None:
+        if not self.biases:
+            object.__setattr__(self, "biases", (0.0,) * len(self.temperatures))
+        if len(self.biases) != len(self.temperatures):
+            raise ValueError(
+                f"expected as many biases as temperatures, got {len(self.biases)} and {len(self.temperatures)}"
+            )
+        for temperature in self.temperatures:
+            if not 0.0 < temperature < math.inf:
+                raise ValueError(f"expected positive finite temperatures, got {temperature}")
+        for bias in self.biases:
+            if not math.isfinite(bias):
+                raise ValueError(f"expected finite biases, got {bias}")
+
+    @classmethod
+    def identity(cls, block_size: int) -> Scaling:
+        """Temperature 1, bias 0."""
+        return cls((1.0,) * block_size)
+
+    def __len__(self) -> int:
+        return len(self.temperatures)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What corrects the confidences of one drafter. ``identity`` makes one that changes nothing.
+
+    Raises:
+        ValueError: the regimes are empty or of different lengths.
+    """
+
+    greedy: Scaling
+    """For requests at temperature 0."""
+    sampled: Scaling
+    """For all others."""
     drafter_hash: str = ""
     """source_hash of the drafter that it was fitted for."""
     notes: tuple[str, ...] = ()
     """What the fit could not do."""
 
     def __post_init__(self) -> None:
-        if len(self.greedy) != len(self.sampled) or not self.greedy:
+        if len(self.greedy) != len(self.sampled) or not len(self.greedy):
             raise ValueError(
                 f"expected as many greedy temperatures as sampled ones, at least one, got {len(self.greedy)} and "
                 f"{len(self.sampled)}"
             )
-        for temperature in self.greedy + self.sampled:
-            if not 0.0 < temperature < math.inf:
-                raise ValueError(f"expected positive finite temperatures, got {temperature}")
 
     @classmethod
     def identity(cls, block_size: int, drafter_hash: str = "") -> Calibration:
-        """Temperature 1 everywhere."""
-        ones = (1.0,) * block_size
-        return cls(ones, ones, drafter_hash)
+        """Temperature 1 and bias 0 everywhere."""
+        return cls(Scaling.identity(block_size), Scaling.identity(block_size), drafter_hash)
 
     @property
     def block_size(self) -> int:
@@ -88,14 +128,20 @@ class Calibration:
     @cached_property
     def _inverse(self) -> NDArray[np.float64]:
         """[2, g]: 1 / T, greedy first."""
-        return 1.0 / np.array([self.greedy, self.sampled])
+        return 1.0 / np.array([self.greedy.temperatures, self.sampled.temperatures])
+
+    @cached_property
+    def _bias(self) -> NDArray[np.float64]:
+        """[2, g]: b, greedy first."""
+        return np.array([self.greedy.biases, self.sampled.biases])
 
     def survival(self, confidence_logits: FloatArray, sampled: BoolArray) -> NDArray[np.float64]:
         """Probability that drafts 1 .. k all stand: float64 [R, g] in [0, 1], never growing along a row.
 
         ``confidence_logits`` is float32 [R, g]; ``sampled`` [R] tells which requests have a temperature above 0.
         """
-        conditional = sigmoid(confidence_logits * self._inverse[sampled.astype(np.intp)])
+        regime = sampled.astype(np.intp)
+        conditional = sigmoid(confidence_logits * self._inverse[regime] + self._bias[regime])
         return np.cumprod(conditional, axis=1, out=conditional)
 
     def save(self, path: Path) -> None:
@@ -121,8 +167,8 @@ class Calibration:
             raise ArtifactError(f"{path}: expected format_version {_FORMAT_VERSION}, got {found!r}; {_HINT}")
         try:
             calibration = cls(
-                greedy=tuple(float(value) for value in raw["greedy"]),
-                sampled=tuple(float(value) for value in raw["sampled"]),
+                greedy=_scaling(raw["greedy"]),
+                sampled=_scaling(raw["sampled"]),
                 drafter_hash=str(raw["drafter_hash"]),
                 notes=tuple(str(note) for note in raw["notes"]),
             )
@@ -143,6 +189,13 @@ class Calibration:
         return calibration
 
 
+def _scaling(raw: Any) -> Scaling:
+    if not isinstance(raw, dict):
+        raise TypeError(f"expected an object with temperatures and biases, got {raw!r}")
+    values = (tuple(float(value) for value in raw[name]) for name in ("temperatures", "biases"))
+    return Scaling(*values)
+
+
 def load_calibration(directory: Path, block_size: int, drafter_hash: str) -> Calibration:
     """The calibration beside a drafter's artifact; the identity, with a note in the log, where there is none.
 
@@ -157,22 +210,24 @@ def load_calibration(directory: Path, block_size: int, drafter_hash: str) -> Cal
 
 
 @dataclass(frozen=True)
-class TemperatureFit:
+class ScalingFit:
     """Result of ``fit``."""
 
-    temperatures: tuple[float, ...]
-    """[g]"""
+    scaling: Scaling
     notes: tuple[str, ...]
     """One for each position that had too few rounds."""
 
 
-def fit(confidence_logits: FloatArray, accepted_counts: IntArray, verified_depths: IntArray) -> TemperatureFit:
-    """Fit one temperature a position, left to right, earlier ones fixed.
+def fit(confidence_logits: FloatArray, accepted_counts: IntArray, verified_depths: IntArray) -> ScalingFit:
+    """Fit one temperature and bias a position, left to right, earlier ones fixed.
 
-    T_k is the one of ``GRID`` with the least calibration error (``BINS`` equal-width bins) of the survival of position
-    k against accepted >= k, over the rounds that verified k drafts or more; the one closest to 1 of equal ones.
+    (T_k, b_k) are those of ``GRID`` and ``BIASES`` that make accepted >= k likeliest under the survival of position k,
+    over the rounds that verified k drafts or more; of equally likely ones those closest to (1, 0).
     ``confidence_logits`` is [N, g], the others [N]. Rounds should be of a policy ``fixed``: one that looks at the
     confidences shows only what it trusted.
+
+    Likelihood, where STS takes the calibration error of ten bins: that one is about as low for a slope far off, as long
+    as each bin's mean fits, and jumps with single rounds.
 
     Raises:
         ValueError: the shapes do not agree, or a round accepted more than it verified.
@@ -185,28 +240,42 @@ def fit(confidence_logits: FloatArray, accepted_counts: IntArray, verified_depth
         )
     if (accepted_counts > verified_depths).any():
         raise ValueError("expected no round with more accepted than verified drafts")
-    candidates = sorted(GRID.tolist(), key=lambda temperature: abs(math.log(temperature)))
     before = np.ones(rounds)
-    temperatures, notes = [], []
+    temperatures, biases, notes = [], [], []
     for index in range(block):
         usable = verified_depths > index
         logits, observed = confidence_logits[:, index], accepted_counts[usable] > index
-        best = 1.0
+        temperature, bias = 1.0, 0.0
         if observed.size < MIN_ROUNDS:
             notes.append(
                 f"position {index + 1}: {observed.size} rounds, fewer than {MIN_ROUNDS}; its temperature stays 1"
             )
         else:
-            prefix, own = before[usable], logits[usable]
-            errors = [
-                expected_calibration_error(prefix * sigmoid(own / temperature), observed, BINS)
-                for temperature in candidates
-            ]
-            # Rounded, so that ties are ties in spite of the last bits of a sum.
-            best = candidates[int(np.argmin(np.round(errors, 12)))]
-        temperatures.append(best)
-        before = before * sigmoid(logits / best)
-    return TemperatureFit(tuple(temperatures), tuple(notes))
+            temperature, bias = _likeliest(before[usable], logits[usable], observed)
+        temperatures.append(temperature)
+        biases.append(bias)
+        before = before * sigmoid(logits / temperature + bias)
+    return ScalingFit(Scaling(tuple(temperatures), tuple(biases)), tuple(notes))
+
+
+def _likeliest(prefix: FloatArray, logits: FloatArray, observed: BoolArray) -> tuple[float, float]:
+    """Temperature and bias of one position; all [N]."""
+
+    def loss(place: tuple[int, int]) -> float:
+        survival = np.clip(prefix * sigmoid(logits / GRID[place[0]] + BIASES[place[1]]), _SURE, 1.0 - _SURE)
+        # Rounded, so that ties are ties in spite of the last bits of a sum.
+        return round(float(-np.log(np.where(observed, survival, 1.0 - survival)).mean()), 12)
+
+    def best(hotter: Iterable[int], biased: Iterable[int]) -> tuple[int, int]:
+        places = itertools.product(hotter, biased)
+        return min(places, key=lambda place: (loss(place), abs(math.log(GRID[place[0]])), abs(BIASES[place[1]])))
+
+    hot, biased = best(range(0, len(GRID), _COARSE), range(0, len(BIASES), _COARSE))
+    near = [
+        range(max(0, one - _COARSE + 1), min(len(many), one + _COARSE)) for one, many in ((hot, GRID), (biased, BIASES))
+    ]
+    hot, biased = best(*near)
+    return float(GRID[hot]), float(BIASES[biased])
 
 
 @dataclass(frozen=True)

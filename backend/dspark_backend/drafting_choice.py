@@ -15,6 +15,9 @@ from dspark_backend.stages.batch import IntArray
 _HOPE = 0.5
 """Power of the mean survival by which a sequence that has not drafted yet is judged: good texts are to be found, but
 not where even they would not pay."""
+_MARGIN = 1.05
+"""What drafting must be expected to bring at least: the cost model knows neither the host's work for drafts nor the
+rows that a prompt adds to the drafter's cache."""
 _PROBE_EVERY = 48
 """Rounds after which a sequence drafts again although it did not seem to pay: acceptance changes along a text."""
 _PROBE_ALONG = 24
@@ -89,7 +92,8 @@ def most_gainful(survival: Survival, limits: IntArray, count: int, capacity: int
     """Rows of ``survival`` [n, g] that should draft, and how deep, for the most tokens a second; none where drafting
     lowers them.
 
-    Those with the longest expected prefix go first; up to how many is tried in eighths of all.
+    Those with the longest expected prefix go first; up to how many is tried in quarters of all, how deep in steps that
+    grow. Where drafting brings less than ``_MARGIN``, nobody drafts.
 
     Args:
         limits: [n], most drafts worth verifying for each.
@@ -100,9 +104,9 @@ def most_gainful(survival: Survival, limits: IntArray, count: int, capacity: int
     within = np.where(np.arange(block) < limits[:, None], survival, 0.0)
     order = np.argsort(-within.sum(axis=1), kind="stable")
     within = within[order]
-    best, chosen = count / float(cost.round_seconds(count, 0, 0, capacity, 0)[0]), Chosen([], 0)
-    depths = range(1, block + 1) if cost.place_costs(count, capacity) else (block,)
-    for tried in sorted({-(-size * part // 8) for part in range(1, 9)}):
+    best, chosen = _MARGIN * count / float(cost.round_seconds(count, 0, 0, capacity, 0)[0]), Chosen([], 0)
+    depths = sorted({*range(1, min(block, 4)), block}) if cost.place_costs(count, capacity) else [block]
+    for tried in range(1, size + 1) if size <= 4 else sorted({-(-size * part // 4) for part in range(1, 5)}):
         for depth in depths:
             ranked = -np.sort(-within[:tried, :depth], axis=None)
             seconds = cost.round_seconds(count, tried, tried * depth, capacity, depth)[1:]

@@ -14,6 +14,7 @@ from dspark_backend.calibration import (
     BINS,
     Calibration,
     ReliabilityRow,
+    Scaling,
     auc,
     expected_calibration_error,
     fit,
@@ -45,6 +46,7 @@ class PositionReport:
     position: int
     """From 1."""
     temperature: float
+    bias: float
     rounds: int
     """Rounds that verified this position, of those that judge."""
     error_before: float
@@ -75,13 +77,13 @@ def calibrate(rounds: RoundTable, drafter_hash: str) -> CalibrationReport:
     rounds keeps the identity.
     """
     notes: list[str] = []
-    temperatures: dict[Regime, tuple[float, ...]] = {}
+    scalings: dict[Regime, Scaling] = {}
     judges = np.zeros(len(rounds), dtype=np.bool_)
     for regime in REGIMES:
         own = rounds.sampled == (regime == "sampled")
         if not own.any():
             notes.append(f"{regime}: no rounds, its temperatures stay 1")
-            temperatures[regime] = (1.0,) * rounds.block_size
+            scalings[regime] = Scaling.identity(rounds.block_size)
             continue
         held_out = own & np.isin(rounds.request, np.unique(rounds.request[own])[HELD_OUT - 1 :: HELD_OUT])
         if held_out.any():
@@ -93,9 +95,9 @@ def calibrate(rounds: RoundTable, drafter_hash: str) -> CalibrationReport:
             judges |= own
         part = rounds.where(own & ~held_out)
         fitted = fit(part.confidence_logits, part.accepted, part.verified)
-        temperatures[regime] = fitted.temperatures
+        scalings[regime] = fitted.scaling
         notes += [f"{regime}, {note}" for note in fitted.notes]
-    calibration = Calibration(temperatures["greedy"], temperatures["sampled"], drafter_hash, tuple(notes))
+    calibration = Calibration(scalings["greedy"], scalings["sampled"], drafter_hash, tuple(notes))
     identity, judged = Calibration.identity(rounds.block_size), rounds.where(judges)
     return CalibrationReport(
         calibration=calibration,
@@ -123,7 +125,7 @@ def reliability_curves(rounds: RoundTable, calibration: Calibration) -> tuple[Re
 def calibration_table(positions: Sequence[PositionReport]) -> Table:
     """Calibration errors before and after, and AUC, by position and regime."""
     table = Table(title="Calibration: survival of a draft against observed acceptance")
-    for heading in ("regime", "draft", "rounds", "T", "ECE before", "ECE after", "AUC", "AUC if reached"):
+    for heading in ("regime", "draft", "rounds", "T", "b", "ECE before", "ECE after", "AUC", "AUC if reached"):
         table.add_column(heading, justify="left" if heading == "regime" else "right")
     for index, row in enumerate(positions):
         table.add_row(
@@ -131,6 +133,7 @@ def calibration_table(positions: Sequence[PositionReport]) -> Table:
             str(row.position),
             str(row.rounds),
             f"{row.temperature:.2f}",
+            f"{row.bias:+.1f}",
             *(_number(value) for value in (row.error_before, row.error_after, row.auc, row.conditional_auc)),
             end_section=index + 1 < len(positions) and positions[index + 1].regime != row.regime,
         )
@@ -146,7 +149,7 @@ def _reports(rounds: RoundTable, before: Calibration, after: Calibration) -> tup
         own = rounds.sampled == (regime == "sampled")
         if not own.any():
             continue
-        temperatures = after.sampled if regime == "sampled" else after.greedy
+        scaling = after.sampled if regime == "sampled" else after.greedy
         for index in range(rounds.block_size):
             seen = own & (rounds.verified > index)
             stood = rounds.accepted > index
@@ -155,7 +158,8 @@ def _reports(rounds: RoundTable, before: Calibration, after: Calibration) -> tup
                 PositionReport(
                     regime=regime,
                     position=index + 1,
-                    temperature=temperatures[index],
+                    temperature=scaling.temperatures[index],
+                    bias=scaling.biases[index],
                     rounds=int(seen.sum()),
                     error_before=expected_calibration_error(plain[seen, index], stood[seen], BINS),
                     error_after=expected_calibration_error(fitted[seen, index], stood[seen], BINS),

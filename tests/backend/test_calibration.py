@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from dspark_backend.calibration import (
+    BIASES,
     BINS,
     CALIBRATION_FILE,
     GRID,
     MIN_ROUNDS,
     Calibration,
     OnlineCalibration,
+    Scaling,
     auc,
     expected_calibration_error,
     fit,
@@ -32,12 +34,12 @@ from dspark_backend.errors import ArtifactError
 HASH = "0123456789abcdef" * 4
 
 
-def rounds(true_temperatures, count, seed=0):
-    """Logits whose true conditional acceptance is sigmoid(z / T), and how many drafts stood: [N, g], [N]."""
+def rounds(true_temperatures, count, seed=0, biases=0.0):
+    """Logits whose true conditional acceptance is sigmoid(z / T + b), and how many drafts stood: [N, g], [N]."""
     random = np.random.default_rng(seed)
     temperatures = np.asarray(true_temperatures, dtype=np.float64)
     logits = random.normal(1.0, 2.5, (count, len(temperatures))).astype(np.float32)
-    stands = random.random(logits.shape) < sigmoid(logits / temperatures)
+    stands = random.random(logits.shape) < sigmoid(logits / temperatures + biases)
     return logits, np.cumprod(stands, axis=1).sum(axis=1)
 
 
@@ -54,18 +56,35 @@ def test_known_temperatures_are_recovered():
     result = fit(logits, accepted, np.full(len(logits), 4))
     assert result.notes == ()
     # One step of the grid is a factor of 1.12; the later positions see fewer rounds whose prefix still stands.
+    found = result.scaling.temperatures
+    np.testing.assert_allclose(np.log(found), np.log(true), atol=0.35)
+    np.testing.assert_allclose(np.log(found[:2]), np.log(true[:2]), atol=0.15)
+    np.testing.assert_allclose(result.scaling.biases, 0.0, atol=0.2)
+    assert all(temperature in GRID for temperature in found) and all(bias in BIASES for bias in result.scaling.biases)
+
+
+def test_known_biases_are_recovered_and_no_temperature_makes_up_for_them():
+    true, biases = (1.0, 0.6, 1.0), np.array([-0.8, 0.6, -1.2])
+    logits, accepted = rounds(true, 40_000, biases=biases)
+    result = fit(logits, accepted, np.full(len(logits), 3)).scaling
+    np.testing.assert_allclose(result.biases, biases, atol=0.25)
     np.testing.assert_allclose(np.log(result.temperatures), np.log(true), atol=0.35)
-    np.testing.assert_allclose(np.log(result.temperatures[:2]), np.log(true[:2]), atol=0.15)
-    assert all(temperature in GRID for temperature in result.temperatures)
+    fresh, stood = rounds(true, 20_000, seed=1, biases=biases)
+    after = position_errors(Calibration(result, Scaling.identity(3)), fresh, stood)
+    assert (after < 0.015).all()
+    plain = [
+        position_errors(Calibration(Scaling((temperature,) * 3), Scaling.identity(3)), fresh, stood)[0]
+        for temperature in GRID
+    ]
+    assert min(plain) > 0.05
 
 
 def test_calibration_lowers_the_error_on_rounds_it_has_not_seen():
     true = (3.0, 3.0, 2.5, 2.0, 2.0)
     logits, accepted = rounds(true, 20_000)
     result = fit(logits, accepted, np.full(len(logits), 5))
-    ones = (1.0,) * 5
     before = Calibration.identity(5)
-    after = Calibration(result.temperatures, ones)
+    after = Calibration(result.scaling, Scaling.identity(5))
     fresh_logits, fresh_accepted = rounds(true, 20_000, seed=1)
     errors_before = position_errors(before, fresh_logits, fresh_accepted)
     errors_after = position_errors(after, fresh_logits, fresh_accepted)
@@ -83,10 +102,12 @@ def test_rounds_that_did_not_verify_a_position_do_not_count_for_it():
     seen = np.minimum(accepted, depths)
     both = fit(logits, seen, depths)
     deep_only = fit(logits[~shallow], seen[~shallow], depths[~shallow])
+    both, deep_only = both.scaling, deep_only.scaling
     assert both.temperatures[1:] == pytest.approx(deep_only.temperatures[1:], rel=0.13)
+    assert both.biases[1:] == pytest.approx(deep_only.biases[1:], abs=0.11)
     # The negative control: taking the unverified ones for rejections makes the later drafts look hopeless.
-    wrong = fit(logits, seen, np.full(len(logits), 3))
-    assert wrong.temperatures[1] > 2 * both.temperatures[1]
+    wrong = fit(logits, seen, np.full(len(logits), 3)).scaling
+    assert wrong.biases[1] < both.biases[1] - 0.5
 
 
 def test_too_few_rounds_leave_the_identity_with_a_note():
@@ -94,17 +115,18 @@ def test_too_few_rounds_leave_the_identity_with_a_note():
     depths = np.ones(len(logits), dtype=np.int64)
     depths[: MIN_ROUNDS - 1] = 2
     result = fit(logits, np.minimum(accepted, depths), depths)
-    assert result.temperatures[0] > 1.5
-    assert result.temperatures[1] == 1.0
+    assert result.scaling.temperatures[0] > 1.5
+    assert (result.scaling.temperatures[1], result.scaling.biases[1]) == (1.0, 0.0)
     (note,) = result.notes
     assert "position 2" in note and str(MIN_ROUNDS - 1) in note
-    assert fit(np.zeros((0, 3), np.float32), np.zeros(0, int), np.zeros(0, int)).temperatures == (1.0, 1.0, 1.0)
+    assert fit(np.zeros((0, 3), np.float32), np.zeros(0, int), np.zeros(0, int)).scaling == Scaling.identity(3)
 
 
 def test_ties_take_the_temperature_closest_to_one():
-    # Logits of 0 are 1/2 at every temperature.
-    logits = np.zeros((200, 2), np.float32)
-    assert fit(logits, np.arange(200) % 3, np.full(200, 2)).temperatures == (1.0, 1.0)
+    # Logits of 0 are the same at every temperature; the bias alone says that two of three stand, then one of two.
+    logits = np.zeros((300, 2), np.float32)
+    found = fit(logits, np.arange(300) % 3, np.full(300, 2)).scaling
+    assert found.temperatures == (1.0, 1.0) and found.biases == (0.7, 0.0)
 
 
 def test_fit_refuses_rounds_that_cannot_be():
@@ -121,18 +143,22 @@ def test_the_identity_multiplies_plain_sigmoids_and_regimes_go_by_row():
     survival = Calibration.identity(3).survival(logits, np.array([False, True]))
     assert survival.dtype == np.float64
     np.testing.assert_allclose(survival, [plain, plain], rtol=1e-15)
-    two = Calibration((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)).survival(logits, np.array([False, True]))
+    other = Scaling((2.0, 2.0, 2.0), (0.5, 0.0, -1.0))
+    two = Calibration(Scaling.identity(3), other).survival(logits, np.array([False, True]))
     np.testing.assert_allclose(two[0], plain, rtol=1e-15)
-    np.testing.assert_allclose(two[1], np.cumprod(1 / (1 + np.exp(-logits[1].astype(np.float64) / 2))), rtol=1e-15)
+    scaled = logits[1].astype(np.float64) / 2 + np.array(other.biases)
+    np.testing.assert_allclose(two[1], np.cumprod(1 / (1 + np.exp(-scaled))), rtol=1e-15)
 
 
 @given(
     arrays.arrays(np.float32, (5, 6), elements=st.floats(width=32, allow_nan=True, allow_infinity=True)),
     st.lists(st.sampled_from(GRID.tolist()), min_size=6, max_size=6),
+    st.lists(st.sampled_from(BIASES.tolist()), min_size=6, max_size=6),
     st.lists(st.booleans(), min_size=5, max_size=5),
 )
-def test_survival_is_a_falling_probability_whatever_comes(logits, temperatures, sampled):
-    calibration = Calibration(tuple(temperatures), tuple(reversed(temperatures)))
+def test_survival_is_a_falling_probability_whatever_comes(logits, temperatures, biases, sampled):
+    one = Scaling(tuple(temperatures), tuple(biases))
+    calibration = Calibration(one, Scaling(one.temperatures[::-1], one.biases[::-1]))
     with np.errstate(all="raise", under="ignore"):
         survival = calibration.survival(logits, np.array(sampled))
     assert survival.shape == logits.shape
@@ -153,12 +179,17 @@ def test_survival_of_a_thousand_requests_takes_well_under_a_millisecond():
     assert min(times) < 5e-4
 
 
-@pytest.mark.parametrize("temperatures", [(), (0.0,), (-1.0,), (math.nan,), (math.inf,)])
-def test_temperatures_must_be_positive_and_finite(temperatures):
-    with pytest.raises(ValueError, match="temperatures"):
-        Calibration(temperatures, temperatures)
-    with pytest.raises(ValueError, match="as many"):
-        Calibration((1.0,), (1.0, 1.0))
+def test_temperatures_and_biases_must_be_numbers_and_equally_many():
+    for temperature in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="positive finite temperatures"):
+            Scaling((temperature,))
+    with pytest.raises(ValueError, match="finite biases"):
+        Scaling((1.0,), (math.nan,))
+    with pytest.raises(ValueError, match="as many biases"):
+        Scaling((1.0,), (0.0, 0.0))
+    for greedy, sampled in (((1.0,), (1.0, 1.0)), ((), ())):
+        with pytest.raises(ValueError, match="as many greedy"):
+            Calibration(Scaling(greedy), Scaling(sampled))
 
 
 def test_reliability_rows_and_the_error_agree_with_a_loop():
@@ -199,7 +230,8 @@ def test_auc_is_the_share_of_ordered_pairs(cases):
 
 
 def test_a_saved_calibration_comes_back(tmp_path):
-    calibration = Calibration((0.5, 1.0), (2.0, 3.5), HASH, ("position 2: too few",))
+    greedy, sampled = Scaling((0.5, 1.0), (0.1, -0.2)), Scaling((2.0, 3.5))
+    calibration = Calibration(greedy, sampled, HASH, ("position 2: too few",))
     calibration.save(tmp_path / CALIBRATION_FILE)
     assert Calibration.load(tmp_path / CALIBRATION_FILE, 2, HASH) == calibration
     assert load_calibration(tmp_path, 2, HASH) == calibration
@@ -211,22 +243,28 @@ def test_without_a_file_the_identity_is_used_and_logged(tmp_path, caplog):
     assert "dspark-export calibrate" in caplog.text and str(tmp_path) in caplog.text
 
 
+def table(temperatures, biases=None):
+    return {"temperatures": list(temperatures), "biases": [0.0] * len(temperatures) if biases is None else list(biases)}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 9}, "expected format_version 1, got 9"),
-        ({"greedy": [1.0, 1.0, 1.0], "sampled": [1.0, 1.0, 1.0]}, "expected 2 temperatures"),
-        ({"greedy": [1.0]}, "as many greedy"),
-        ({"greedy": [1.0, 0.0]}, "positive finite"),
-        ({"greedy": [1.0, "warm"]}, "warm"),
-        ({"sampled": None}, "not iterable"),
+        ({"format_version": 1}, "expected format_version 2, got 1"),
+        ({"greedy": table((1.0,) * 3), "sampled": table((1.0,) * 3)}, "expected 2 temperatures"),
+        ({"greedy": table((1.0,))}, "as many greedy"),
+        ({"greedy": table((1.0, 0.0))}, "positive finite"),
+        ({"greedy": table((1.0, "warm"))}, "warm"),
+        ({"greedy": table((1.0, 1.0), (0.0,))}, "as many biases"),
+        ({"sampled": None}, "expected an object with temperatures"),
         ({"greedy": ...}, "expected the key 'greedy'"),
+        ({"greedy": {"temperatures": [1.0, 1.0]}}, "expected the key 'biases'"),
         ({"drafter_hash": "f" * 64}, "ffffffffffff"),
     ],
 )
 def test_a_wrong_file_is_named_with_what_is_wrong(tmp_path, change, message):
     path = tmp_path / CALIBRATION_FILE
-    Calibration((1.0, 1.0), (1.0, 1.0), HASH).save(path)
+    Calibration.identity(2, HASH).save(path)
     content = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
     with pytest.raises(ArtifactError, match=message) as caught:
@@ -251,7 +289,7 @@ def test_online_error_follows_the_predictions():
     verified = np.arange(8000) % 4
     seen = np.minimum(accepted, verified)
     greedy = np.zeros(8000, dtype=bool)
-    right = Calibration(true, true).survival(logits, greedy)
+    right = Calibration(Scaling(true), Scaling(true)).survival(logits, greedy)
     wrong = Calibration.identity(3).survival(logits, greedy)
     errors = []
     for survival in (right, wrong):

@@ -31,9 +31,11 @@ def limits(count: int, most: int = BLOCK) -> np.ndarray:
 
 
 def test_those_with_good_drafts_alone_where_a_draft_has_its_price():
-    mixed = np.array([BAD, GOOD, BAD, GOOD, BAD, BAD, BAD, GOOD])
-    chosen = most_gainful(mixed, limits(8), 8, 128, cost(0.05, 0.08))
-    assert chosen.rows and set(chosen.rows) <= {1, 3, 7}
+    mixed = np.array([BAD, GOOD, BAD, GOOD, GOOD, BAD, BAD, GOOD])
+    assert most_gainful(mixed, limits(8), 8, 128, cost(0.05, 0.08)) == Chosen([1, 3, 4, 7], BLOCK)
+    # 4.5 tokens in 4.2 are a gain; in 4.3 they are one of less than a twentieth, and not all costs are in the model.
+    assert most_gainful(GOOD[None], limits(1), 1, 128, cost(0.8, 1e-9)).rows == [0]
+    assert most_gainful(GOOD[None], limits(1), 1, 128, cost(0.8, 0.1)).rows == []
 
 
 def test_everybody_where_drafts_are_cheap_and_nobody_where_they_are_dear():
@@ -49,9 +51,9 @@ def test_places_that_everybody_pays_for_keep_blocks_shallow_or_nobody_drafts():
     assert most_gainful(falling, limits(16), 16, 128, free).depth == BLOCK
     assert 1 <= most_gainful(falling, limits(16), 16, 128, dear).depth < BLOCK
     # One good request among many bad ones makes the step longer for all of them.
-    one = np.array([GOOD] + [BAD] * 7)
-    assert most_gainful(one, limits(8), 8, 128, free).rows == [0]
-    assert most_gainful(one, limits(8), 8, 128, cost(0.03, 0.002, place=0.08)).rows == []
+    one = np.array([GOOD] + [BAD] * 3)
+    assert most_gainful(one, limits(4), 4, 128, cost(0.1, 0.01)).rows == [0]
+    assert most_gainful(one, limits(4), 4, 128, cost(0.1, 0.01, place=0.3)).rows == []
     # Alone in the batch it does not.
     assert most_gainful(one[:1], limits(1), 1, 128, dear) == Chosen([0], BLOCK)
 
@@ -86,8 +88,12 @@ def test_the_choice_is_never_worse_than_all_or_none(rows, token, draft, place):
     everybody = list(range(count))
     alternatives = [Chosen([], 0), Chosen(everybody, BLOCK)]
     if times.place_costs(count, 128):
-        alternatives += [Chosen(everybody, depth) for depth in range(1, BLOCK + 1)]
-    assert expected(chosen) >= max(map(expected, alternatives)) * (1 - 1e-12)
+        alternatives += [Chosen(everybody, depth) for depth in (1, 2, 3)]
+    # Nobody drafts for less than the margin; whoever does is the best of these.
+    best = max(map(expected, alternatives))
+    assert expected(chosen) * (1.05 if not chosen.rows else 1.0) >= best * (1 - 1e-12)
+    if chosen.rows:
+        assert expected(chosen) >= 1.05 * expected(alternatives[0]) * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16])

@@ -111,7 +111,8 @@ def test_the_engine_takes_the_calibration(calibrated, made):
     artifact = load_drafter_artifact(made.drafter)
     stored = Calibration.load(made.drafter / CALIBRATION_FILE, BLOCK, artifact.source_hash)
     # A random drafter's confidence of about one half is far from what is accepted of it.
-    assert stored.greedy[0] != 1.0 and stored.sampled[0] != 1.0
+    for regime in (stored.greedy, stored.sampled):
+        assert (regime.temperatures[0], regime.biases[0]) != (1.0, 0.0)
     config = EngineConfig(verifier=made.verifier, drafter=made.drafter, threads=1, profile_seconds=1.0)
     stage = OnnxRuntimeVerifier(made.verifier, 1)
     drafting = load_drafting(config, stage)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dspark_backend.calibration import Calibration, sigmoid
+from dspark_backend.calibration import Calibration, Scaling, sigmoid
 from dspark_backend.scheduling import DraftRound, Threshold
 from dspark_backend.telemetry import RoundRecord
 from dspark_export.calibrate import calibrate, calibration_table, reliability_curves
@@ -111,13 +111,13 @@ def test_a_sweep_by_hand():
     text = text_of(threshold_table(rows))
     assert "0.85" in text and "1.600" in text
     # Nearly certain confidences: another calibration verifies more.
-    sure = threshold_sweep(rounds, Calibration((0.1,) * 3, (1.0,) * 3), (0.95,))
+    sure = threshold_sweep(rounds, Calibration(Scaling((0.1,) * 3), Scaling.identity(3)), (0.95,))
     assert sure[0].verified_length == pytest.approx(2.5)
 
 
 def test_the_sweep_is_what_the_policy_would_do():
     rounds = RoundTable.of([*synthetic((1.0, 2.0, 1.0, 3.0), 500), record(2, 1, logits=(5, 5, 5, 5))])
-    calibration = Calibration((1.0, 1.5, 0.7, 2.0), (1.0,) * 4)
+    calibration = Calibration(Scaling((1.0, 1.5, 0.7, 2.0)), Scaling.identity(4))
     survival = calibration.survival(rounds.confidence_logits, rounds.sampled)
     for row in threshold_sweep(rounds, calibration):
         draft_round = DraftRound(survival, survival, rounds.verified, np.ones(5 * len(rounds)), len(rounds))
@@ -143,8 +143,8 @@ def test_calibration_of_both_regimes_lowers_errors_on_held_out_requests():
     report = calibrate(RoundTable.of(records), HASH)
     assert report.calibration.notes == () and report.calibration.drafter_hash == HASH
     assert report.num_judged == 6000
-    np.testing.assert_allclose(np.log(report.calibration.greedy), np.log(greedy), atol=0.35)
-    np.testing.assert_allclose(np.log(report.calibration.sampled), np.log(sampled), atol=0.35)
+    np.testing.assert_allclose(np.log(report.calibration.greedy.temperatures), np.log(greedy), atol=0.35)
+    np.testing.assert_allclose(np.log(report.calibration.sampled.temperatures), np.log(sampled), atol=0.35)
     assert [(row.regime, row.position) for row in report.positions] == [
         (regime, position) for regime in ("greedy", "sampled") for position in (1, 2, 3)
     ]
@@ -163,18 +163,18 @@ def test_the_judging_requests_do_not_fit():
         for one in synthetic((1.0, 1.0, 1.0), 20_000)
     ]
     report = calibrate(RoundTable.of(records), HASH)
-    np.testing.assert_allclose(np.log(report.calibration.greedy), 0.0, atol=0.3)
+    np.testing.assert_allclose(np.log(report.calibration.greedy.temperatures), 0.0, atol=0.3)
     assert report.positions[0].error_after > 0.4 and math.isnan(report.positions[0].auc)
 
 
 def test_what_could_not_be_fitted_is_noted():
     few = calibrate(RoundTable.of(synthetic((3.0, 3.0), 2000, requests=3)), HASH)
-    assert few.num_judged == 2000 and few.calibration.greedy[0] > 2.0
-    assert few.calibration.sampled == (1.0, 1.0)
+    assert few.num_judged == 2000 and few.calibration.greedy.temperatures[0] > 2.0
+    assert few.calibration.sampled == Scaling.identity(2)
     assert any("fewer than 4 requests" in note for note in few.calibration.notes)
     assert any(note.startswith("sampled: no rounds") for note in few.calibration.notes)
     tiny = calibrate(RoundTable.of(synthetic((3.0, 3.0), 30)), HASH)
-    assert tiny.calibration.greedy == (1.0, 1.0)
+    assert tiny.calibration.greedy == Scaling.identity(2)
     assert any("greedy, position 2: " in note for note in tiny.calibration.notes)
     shallow = calibrate(RoundTable.of([record(1, index % 2, index % 8) for index in range(800)]), HASH)
     assert math.isnan(shallow.positions[2].error_after) and shallow.positions[2].rounds == 0
