@@ -15,7 +15,7 @@ from dspark_backend.stages.batch import IntArray
 _HOPE = 0.5
 """Power of the mean survival by which a sequence that has not drafted yet is judged: good texts are to be found, but
 not where even they would not pay."""
-_MARGIN = 1.05
+_MARGIN = 1.1
 """What drafting must be expected to bring at least: the cost model knows neither the host's work for drafts nor the
 rows that a prompt adds to the drafter's cache."""
 _PROBE_EVERY = 48
