@@ -19,8 +19,10 @@ from dspark_backend.stages.artifact import (
 from dspark_backend.stages.onnxruntime_drafter import CONTEXT_FILE, DRAFT_FILE
 from dspark_backend.stages.shared_weights import D2T_FILE
 from dspark_export.check import check_drafter
+from dspark_export.deepseek_v4 import DeepSeekV4
 from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.errors import ExportError
+from dspark_export.graph.deepseek_v4.drafter import DeepSeekDrafterGraph
 from dspark_export.graph.drafter import DrafterGraph
 from dspark_export.graph.head import MAX_CANDIDATES
 from dspark_export.graph.tape import save_graph
@@ -31,7 +33,7 @@ from dspark_export.same_target import check_same_target
 from dspark_export.source import source_hash
 from dspark_export.tensorrt_graphs import RUNTIME as TENSORRT
 from dspark_export.tensorrt_graphs import write_drafter_graphs
-from dspark_export.verifier import check_precision
+from dspark_export.verifier import check_deepseek, check_precision
 from dspark_export.weights import WeightSource, require_unquantised
 from dspark_export.weights.safetensors_folder import SafetensorsFolder
 
@@ -73,6 +75,8 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
             f"{verifier.runtime}"
         )
     check_same_target(weights, verifier, options.verifier, options.checkpoint.name)
+    if isinstance(spec.decoder, DeepSeekV4):
+        check_deepseek(options.runtime, options.dtype)
     with published(options.out) as work:
         # A block reaches past the anchor's position, which may be the context's last.
         positions = verifier.max_context + spec.block_size
@@ -83,11 +87,9 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
                 lambda done: progress("write the drafter", done),
             )  # fmt: skip
         else:
-            stored, plan = ("float32", INT8_PLAN) if options.dtype == "int8" else (options.dtype, None)
-            draft = DrafterGraph(spec, weights, positions, stored, plan).build_draft(expose_intermediates)
+            draft = _graph(spec, weights, positions, options.dtype).build_draft(expose_intermediates)
             save_graph(draft, work, DRAFT_FILE, lambda done: progress("write the drafter", done))
-            context = DrafterGraph(spec, weights, positions, stored, plan).build_context()
-            save_graph(context, work, CONTEXT_FILE)
+            save_graph(_graph(spec, weights, positions, options.dtype).build_context(), work, CONTEXT_FILE)
         if spec.draft_vocab_size != spec.decoder.vocab_size:
             np.save(work / D2T_FILE, weights.read("d2t").astype(np.int64))
         attention = spec.decoder.attention
@@ -114,6 +116,7 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
             tool_versions=tool_versions(),
             files=file_sizes(work),
             digests=file_digests(work),
+            layer_caches=spec.decoder.cache_shapes,
             engine=engine,
         )
         save_artifact(artifact, work)
@@ -124,6 +127,16 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
         if (options.checkpoint / CALIBRATION_FILE).is_file():
             shutil.copy2(options.checkpoint / CALIBRATION_FILE, work / CALIBRATION_FILE)
     return artifact
+
+
+def _graph(
+    spec: DrafterSpec, weights: WeightSource, positions: int, dtype: str
+) -> DrafterGraph | DeepSeekDrafterGraph:  # fmt: skip
+    """What builds one graph for the CPU runtime."""
+    if isinstance(spec.decoder, DeepSeekV4):
+        return DeepSeekDrafterGraph(spec, weights, positions, dtype)
+    stored, plan = ("float32", INT8_PLAN) if dtype == "int8" else (dtype, None)
+    return DrafterGraph(spec, weights, positions, stored, plan)
 
 
 def check_against_verifier(spec: DrafterSpec, weights: WeightSource, verifier: VerifierArtifact, name: str) -> None:
@@ -137,6 +150,8 @@ def check_against_verifier(spec: DrafterSpec, weights: WeightSource, verifier: V
     reason = mismatch(name, decoder.vocab_size, decoder.hidden_size, spec.target_layer_ids, verifier)
     if reason is not None:
         raise ExportError(reason)
+    if isinstance(decoder, DeepSeekV4):
+        return  # its layout checks tensors by the names they have there
     for tensor, shape in _expected_shapes(spec).items():
         if weights.shape(tensor) != shape:
             raise ExportError(f"drafter {name}: expected {tensor} of shape {shape}, got {weights.shape(tensor)}")

@@ -33,6 +33,8 @@ class DrafterSpec:
     """Whether the confidence head sees W1[x_{k-1}] beside h_k."""
     draft_vocab_size: int
     """Tokens the drafter can propose; smaller than the vocabulary where ``d2t`` maps them."""
+    confidence_bias: bool = True
+    """Whether the confidence head adds a number of the checkpoint."""
 
     @property
     def feature_size(self) -> int:

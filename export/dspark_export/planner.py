@@ -187,8 +187,7 @@ def profiles(block: int, slots: int, context: int) -> tuple[ProfilePlan, ...]:
 
 
 def _check(decoder: Decoder, drafter: DrafterSpec | None, precision: Precision, context: int, gpu: Gpu | None) -> None:
-    if isinstance(decoder, DeepSeekV4):
-        raise ExportError("model_type deepseek_v4: its sizes are not planned; export it without --dry-run")
+    _check_planned(decoder)
     if precision not in PRECISIONS:
         raise ExportError(f"--dtype: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not 2 <= context <= decoder.max_position:
@@ -208,6 +207,11 @@ def _check(decoder: Decoder, drafter: DrafterSpec | None, precision: Precision, 
             f"--drafter: it reads layers {list(drafter.target_layer_ids)}, the model has 0 to "
             f"{decoder.num_layers - 1}, the last not to be read; use the drafter made for this model"
         )
+
+
+def _check_planned(decoder: Decoder) -> None:
+    if isinstance(decoder, DeepSeekV4):
+        raise ExportError("model_type deepseek_v4: its sizes are not planned; export it without --dry-run")
 
 
 def _check_gpu(precision: Precision, gpu: Gpu) -> None:
@@ -236,7 +240,8 @@ def _target_size(decoder: Decoder, precision: Precision) -> ModelSize:
 
 
 def drafter_size(spec: DrafterSpec, precision: Precision) -> ModelSize:
-    """Sizes of a drafter, whose embedding and head are its verifier's."""
+    """Sizes of a drafter, whose embedding and head are its verifier's. Raises ExportError for one of DeepSeek-V4."""
+    _check_planned(spec.decoder)
     count = count_drafter(spec)
     stored = {name: weight_bytes(count, name, shared=True) + _context_copy(spec, name) for name in PRECISIONS}
     return ModelSize(

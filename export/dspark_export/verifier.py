@@ -102,7 +102,7 @@ def export_verifier(options: VerifierExport, progress: Progress) -> ExportedVeri
     weights = open_weights(path)
     decoder = describe(weights.config)
     if isinstance(decoder, DeepSeekV4):
-        _check_deepseek(options)
+        check_deepseek(options.runtime, options.dtype)
     require_unquantised(weights.config, f"model {path.name}")
     taps = _taps(decoder, options.target_layer_ids)
     max_context = min(decoder.max_position, options.max_context or DEFAULT_MAX_CONTEXT)
@@ -207,11 +207,12 @@ class _Writer:
         return TensorLocation(HEAD_FILE, 0, head.shape, "bfloat16")
 
 
-def _check_deepseek(options: VerifierExport) -> None:
-    if options.runtime == TENSORRT or options.dtype not in STORED:
+def check_deepseek(runtime: str, dtype: str) -> None:
+    """Raises ExportError for options that no graph of DeepSeek-V4, verifier or drafter, is built for."""
+    if runtime == TENSORRT or dtype not in STORED:
         raise ExportError(
             f"model_type deepseek_v4: expected --runtime onnxruntime and --dtype {', '.join(STORED)}, got "
-            f"{options.runtime} and {options.dtype}; no other graph of it is built"
+            f"{runtime} and {dtype}; no other graph of it is built"
         )
 
 

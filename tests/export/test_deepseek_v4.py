@@ -12,16 +12,13 @@ import pytest
 import tiny_deepseek_v4
 import tiny_llama
 from engines import Driver, ids
-from random_drafter import write_random_drafter
 from schedules import plain_logits, scheduled_logits
-from speculation import SpeculatingDriver
 from tiny_deepseek_v4 import HEAVY, SLIDING, SPARSE
 
 from dspark_backend.stages.artifact import load_verifier_artifact
 from dspark_backend.stages.batch import Segment, StepBatch
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
 from dspark_export.check import prompt_logits
-from dspark_export.drafter import DrafterExport, export_drafter
 from dspark_export.errors import ExportError
 from dspark_export.families import describe
 from dspark_export.planner import plan
@@ -113,21 +110,6 @@ def test_greedy_text_through_the_engine(subject, chunk):
     prompt = TEXT[:30]
     (sink,) = Driver(subject.artifact, prefill_chunk=chunk).run(ids(*prompt, max_tokens=24))
     assert sink.tokens() == greedy(subject.model, prompt, 24)
-
-
-def test_greedy_text_with_a_drafter(subject, tmp_path):
-    """Drafts that are nearly always wrong leave no trace in rows and entries."""
-    checkpoint = write_random_drafter(subject.artifact, tmp_path / "checkpoint")
-    config = checkpoint / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
-    export_drafter(
-        DrafterExport(checkpoint=checkpoint, verifier=subject.artifact, out=tmp_path / "drafter"), artifacts.silent
-    )
-    driver = SpeculatingDriver(subject.artifact, tmp_path / "drafter", policy="fixed:3")
-    prompts = [TEXT[:30], TEXT[40:47]]
-    sinks = driver.run(*(ids(*prompt, max_tokens=24) for prompt in prompts))
-    assert any(record.accepted < record.verified > 1 for record in driver.records)
-    assert [sink.tokens() for sink in sinks] == [greedy(subject.model, prompt, 24) for prompt in prompts]
 
 
 def test_of_equal_entries_the_earliest_is_chosen(tmp_path, monkeypatch):

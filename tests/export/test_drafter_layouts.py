@@ -24,7 +24,7 @@ from dspark_backend.stages.artifact import STAGE_FILE
 from dspark_backend.stages.onnxruntime_drafter import OnnxRuntimeDrafter
 from dspark_export.drafter import DrafterExport, export_drafter
 from dspark_export.errors import ExportError
-from dspark_export.layouts import deepseek, describe_checkpoint
+from dspark_export.layouts import describe_checkpoint
 from dspark_export.layouts.speculators import LAYER_DEFAULTS
 
 NAME = "qwen3_vanilla"
@@ -157,82 +157,6 @@ def test_what_does_not_fit_is_named(golden_artifacts, tmp_path, config, tensors,
     with pytest.raises(ExportError, match=message):
         export_drafter(DrafterExport(checkpoint, golden_artifacts[NAME], tmp_path / "out"), silent)
     assert not (tmp_path / "out" / STAGE_FILE).exists()
-
-
-DEEPSEEK = {
-    "architectures": ["DeepseekV4ForCausalLM"],
-    "model_type": "deepseek_v4",
-    "hidden_size": 32,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "q_lora_rank": 8,
-    "o_lora_rank": 8,
-    "o_groups": 2,
-    "hc_mult": 2,
-    "n_routed_experts": 3,
-    "moe_intermediate_size": 24,
-    "sliding_window": 128,
-    "vocab_size": 200,
-    "expert_dtype": "bf16",
-    "dspark_block_size": 5,
-    "dspark_noise_token_id": 199,
-    "dspark_target_layer_ids": [2, 3, 4],
-    "dspark_markov_rank": 6,
-}
-
-
-def deepseek_checkpoint(out: Path, tensors: dict | None = None, **changes) -> Path:
-    out.mkdir(parents=True)
-    (out / "config.json").write_text(json.dumps(DEEPSEEK | changes))
-    shapes = deepseek.expected_shapes(deepseek.describe(DEEPSEEK))
-    stored = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()} | (tensors or {})
-    save_file({key: value for key, value in stored.items() if value is not None}, out / "model.safetensors")
-    return out
-
-
-def test_a_deepseek_v4_drafter_is_recognised_and_refused(golden_artifacts, tmp_path):
-    with pytest.raises(ExportError) as caught:
-        export_drafter(
-            DrafterExport(deepseek_checkpoint(tmp_path / "c"), golden_artifacts[NAME], tmp_path / "out"), silent
-        )
-    message = str(caught.value)
-    assert (
-        "recognised the drafter of a DeepSeek-V4 checkpoint (mtp.0 to mtp.2, block 5, target layers 2, 3, 4" in message
-    )
-    assert "not supported" in message
-    # The keys of DeepSeek-V4-Flash-DSpark's config.json.
-    flash = DEEPSEEK | {"num_hidden_layers": 43, "vocab_size": 129280, "dspark_noise_token_id": 128799}
-    flash |= {"hidden_size": 4096, "dspark_target_layer_ids": [40, 41, 42], "dspark_markov_rank": 256}
-    with pytest.raises(ExportError, match=r"block 5, target layers 40, 41, 42, sliding window 128"):
-        describe_checkpoint(flash)
-
-
-@pytest.mark.parametrize(
-    ("config", "tensors", "message"),
-    [
-        (
-            {},
-            {"mtp.2.markov_head.markov_w2.weight": None},
-            r"expected the tensor mtp\.2\.markov_head\.markov_w2\.weight",
-        ),
-        ({}, {"mtp.1.ffn.experts.2.w3.weight": None}, r"expected the tensor mtp\.1\.ffn\.experts\.2\.w3\.weight"),
-        ({}, {"mtp.0.main_proj.weight": np.zeros((32, 64), np.float32)}, r"main_proj\.weight of shape \(32, 96\)"),
-        (
-            {},
-            {"mtp.3.norm.weight": np.zeros(32, np.float32)},
-            r"expected the stages mtp\.0 to mtp\.2, got \[0, 1, 2, 3\]",
-        ),
-        ({"n_mtp_layers": 2}, {}, r"expected the stages mtp\.0 to mtp\.1, got \[0, 1, 2\]"),
-        ({"dspark_target_layer_ids": [3, 4, 5]}, {}, r"expected layers from 0 to 4, got \[3, 4, 5\]; .*another target"),
-        ({"dspark_noise_token_id": 200}, {}, "expected a token below 200, got 200; the drafter is of another target"),
-        ({"hc_mult": 4}, {}, "of shape"),
-    ],
-)
-def test_a_deepseek_v4_drafter_that_is_not_whole(golden_artifacts, tmp_path, config, tensors, message):
-    checkpoint = deepseek_checkpoint(tmp_path / "c", tensors, **config)
-    with pytest.raises(ExportError, match=message):
-        export_drafter(DrafterExport(checkpoint, golden_artifacts[NAME], tmp_path / "out"), silent)
 
 
 def test_a_flat_config_with_the_tables_of_speculators(golden_artifacts, tmp_path):

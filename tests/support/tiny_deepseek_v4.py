@@ -53,11 +53,11 @@ SETTINGS: dict[str, Any] = {
 _CONSTANT = ("sinks", "position_bias", "base", "e_score_correction_bias")
 
 
-def make(folder: Path, **changes: Any) -> Any:
+def make(folder: Path, seed: int = 3, **changes: Any) -> Any:
     """Save a random ``DeepseekV4ForCausalLM`` in small shards and return it."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    torch.manual_seed(3)
+    torch.manual_seed(seed)
     config = transformers.DeepseekV4Config(**SETTINGS | changes)
     config.dtype = "float32"
     model = transformers.DeepseekV4ForCausalLM(config).eval()

@@ -136,6 +136,8 @@ class DrafterArtifact:
     tool_versions: dict[str, str]
     files: dict[str, int]
     digests: dict[str, str]
+    layer_caches: tuple[tuple[int, int], ...] = ()
+    """As a verifier's."""
     engine: EngineInfo | None = None
     """For runtime tensorrt: its engines."""
     kind: str = "drafter"
@@ -144,7 +146,7 @@ class DrafterArtifact:
     @property
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:
         """(key/value heads, channels a head) of every layer's cache."""
-        return ((self.num_kv_heads, self.head_dim),) * self.num_layers
+        return self.layer_caches or ((self.num_kv_heads, self.head_dim),) * self.num_layers
 
     @property
     def cache_bytes_per_token(self) -> int:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from dspark_backend.stages.shared_weights import SHARED_EMBEDDING, SHARED_HEAD, SHARED_HEAD_SCALES
 from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.graph.blocks import Blocks, rope_tables
+from dspark_export.graph.draft_block import block_inputs, block_tokens
 from dspark_export.graph.head import SequentialHead
-from dspark_export.graph.layout import RaggedInputs, RaggedLayout, ragged_layout
+from dspark_export.graph.layout import RaggedLayout, ragged_layout
 from dspark_export.graph.linear import FloatLinears, Int8Linears, Linears
 from dspark_export.graph.standard_form import StandardForm, make_dialect
 from dspark_export.graph.standard_linear import StandardLinears
@@ -124,18 +124,13 @@ class DrafterGraph:
         query_index = graph_input("query_index", _INT, (slots, block))
 
         context = self._context()
-        layout = self._block_layout(block_rows, starts, query_index)
+        inputs = block_inputs(tape, block, block_rows, starts, query_index)
+        layout = ragged_layout(self._dialect, inputs, decoder.attention, self._caches[0])
         linears = self._linears(layout.position_ids)
         blocks = self._blocks(linears)
         index = self._dialect.join(context.index, layout.placement)
         embedding = self._dialect.shared(SHARED_EMBEDDING, (decoder.vocab_size, decoder.hidden_size))
-        masks = tape.op(
-            "Expand",
-            tape.constant([[spec.mask_token_id] * (block - 1)]),
-            tape.op("Concat", tape.op("Shape", anchors), tape.constant([1]), axis=0),
-        )
-        tokens = tape.op("Concat", tape.op("Unsqueeze", anchors, tape.constant([1])), masks, axis=1)
-        residual = blocks.embed(embedding, tape.reshape(tokens, (-1,)))  # [R*g, H]
+        residual = blocks.embed(embedding, block_tokens(tape, spec, anchors))  # [R*g, H]
         normed = blocks.norm(residual, "layers.0.input_layernorm.weight")
         written = []
         for layer in range(decoder.num_layers):
@@ -171,11 +166,11 @@ class DrafterGraph:
                 graph_output(tape.to_float(base), "base_logits", _FLOAT, (requests, block, spec.draft_vocab_size)),
                 graph_output(drawn.logits, "draft_logits", _FLOAT, (requests, block, spec.draft_vocab_size)),
             ]
-        inputs = [
+        given = [
             *self._context_inputs, anchors, block_rows, starts, query_index, *head.inputs, *self._dialect.inputs,
             *self._caches,
         ]  # fmt: skip
-        return tape.model("drafter", inputs, [*outputs, *written], {"dspark.stage": "drafter"})
+        return tape.model("drafter", given, [*outputs, *written], {"dspark.stage": "drafter"})
 
     def _base_logits(self, normed: ir.Value, linears: Linears) -> ir.Value:
         """U, [R*g, Vd], by the target's LM head."""
@@ -225,25 +220,6 @@ class DrafterGraph:
             cache = self._dialect.write(self._caches[2 * layer + offset], index, rows)
             written.append(graph_output(cache, f"{kind}_cache_{layer}_out", self._tape.compute, self._cache_shape))
         return written[0], written[1]
-
-    def _block_layout(self, block_rows: ir.Value, starts: ir.Value, query_index: ir.Value) -> RaggedLayout:
-        """Block slot k of request i is token i*g + k, at position starts[i] + k; it sees all up to the block's end."""
-        tape, block = self._tape, self._spec.block_size
-        offsets = tape.constant(np.arange(block).reshape(1, block))
-        start = tape.op("Unsqueeze", starts, tape.constant([1]))
-        flat = tape.constant([-1])
-        positions = tape.op("Reshape", tape.op("Add", start, offsets), flat)
-        ends = tape.op("Add", start, tape.constant(np.full((1, block), block - 1)))
-        zero = tape.op("Sub", start, start)
-        row = tape.op("Unsqueeze", block_rows, tape.constant([1]))
-        inputs = RaggedInputs(
-            positions=positions,
-            rows=tape.op("Reshape", tape.op("Add", row, tape.constant(np.zeros((1, block)))), flat),
-            columns=tape.op("Reshape", tape.op("Add", zero, offsets), flat),
-            query_index=query_index,
-            horizon=tape.op("Reshape", ends, flat),
-        )
-        return ragged_layout(self._dialect, inputs, self._spec.decoder.attention, self._caches[0])
 
     def _project(
         self, blocks: Blocks, prefix: str, normed: ir.Value, layout: RaggedLayout

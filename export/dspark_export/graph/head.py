@@ -120,7 +120,7 @@ class SequentialHead:
             return certain
         seen = tape.op("Concat", h, e, axis=1) if spec.confidence_with_markov else h
         width = spec.decoder.hidden_size + (spec.markov_rank if spec.confidence_with_markov else 0)
-        logit = self._blocks.linears.apply(seen, ("confidence_head.proj",), width, bias=True)
+        logit = self._blocks.linears.apply(seen, ("confidence_head.proj",), width, spec.confidence_bias)
         flat: ir.Value = tape.op("Squeeze", tape.to_float(logit), tape.constant([1]))
         return flat
 

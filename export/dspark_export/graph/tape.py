@@ -107,10 +107,12 @@ class GraphTape:
         return value
 
     def stored(self, name: str, shape: Sequence[int], dtype: ir.DataType, read: Callable[[], NDArray[Any]]) -> ir.Value:
-        """An array that is computed when the graph is saved, in the dtype it has."""
-        return self._tape.initializer(
-            ir.LazyTensor(lambda: ir.Tensor(read(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
-        )
+        """An array that is computed when the graph is saved, in the dtype it has; once for each name."""
+        if name not in self._weights:
+            self._weights[name] = self._tape.initializer(
+                ir.LazyTensor(lambda: ir.Tensor(read(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
+            )
+        return self._weights[name]
 
     def shared(self, name: str, shape: Sequence[int], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
         """An initializer without data: whoever loads the graph provides it under this name."""

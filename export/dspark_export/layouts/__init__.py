@@ -1,6 +1,7 @@
 """Layouts of drafter checkpoints: config.json and tensor names -> one :class:`DrafterSpec` and one set of names.
 
-Whatever the layout, what comes out has the tensor names of the released one, and a ``d2t`` that holds target token ids.
+Whatever the layout, what comes out has the tensor names of the released one (a DeepSeek-V4 drafter's layers, those of
+its target), and a ``d2t`` that holds target token ids.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ def describe_checkpoint(config: Mapping[str, Any]) -> DrafterSpec:
     """The drafter that a config.json describes, in whichever layout.
 
     Raises:
-        ExportError: a drafter of another algorithm, a layout that is recognised but not built, a missing key, or a
-            value that cannot be built; the message names it.
+        ExportError: a drafter of another algorithm, a missing key, or a value that cannot be built; the message names
+            it.
     """
     if speculators.recognise(config):
         return speculators.describe(config)
     if deepseek.recognise(config):
-        deepseek.refuse(deepseek.describe(config))
+        return deepseek.describe(config)
     return released.describe(config)
 
 
@@ -35,9 +36,9 @@ def read_drafter(weights: WeightSource) -> tuple[DrafterSpec, WeightSource]:
     """
     config = weights.config
     if deepseek.recognise(config):
-        draft = deepseek.describe(config)
-        deepseek.check(draft, weights)
-        deepseek.refuse(draft)
+        spec = deepseek.describe(config)
+        deepseek.check(spec, weights)
+        return spec, deepseek.rename(spec, weights)
     spec = describe_checkpoint(config)
     offsets = speculators.recognise(config) or "t2d" in weights.names()
     return spec, speculators.rename(spec, weights) if offsets else weights

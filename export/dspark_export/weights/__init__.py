@@ -43,7 +43,10 @@ def require_unquantised(config: Mapping[str, Any], what: str) -> None:
     if not settings:
         return
     method = settings.get("quant_method") or settings.get("quant_algo") if isinstance(settings, Mapping) else None
+    # Nobody has the originals of those that were released quantised.
+    released = str(config.get("model_type", "")).startswith("deepseek_v4")
     raise ExportError(
         f"{what}: expected weights in float32, float16 or bfloat16, got a checkpoint quantised with "
-        f"{method or 'a method config.json does not name'}; export the original checkpoint"
+        f"{method or 'a method config.json does not name'}; "
+        f"{'dequantise it to bfloat16 first' if released else 'export the original checkpoint'}"
     )

@@ -29,5 +29,7 @@ class ReleasedNames(WrappedWeights):
         return self._names
 
     def _stored_name(self, name: str) -> str:
-        spellings = (name, f"model.{name}", *_SPELLINGS.get(name, ()))
+        # transformers writes the norm of the latent as it writes those of compressors.
+        saved = name.replace(".attn.kv_norm.", ".attn.norm.")
+        spellings = (name, f"model.{name}", saved, f"model.{saved}", *_SPELLINGS.get(name, ()))
         return next((spelling for spelling in spellings if spelling in self._names), name)

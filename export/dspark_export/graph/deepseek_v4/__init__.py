@@ -1,1 +1,1 @@
-"""The DeepSeek-V4 verifier, in ONNX Runtime's dialect."""
+"""DeepSeek-V4, verifier and drafter, in ONNX Runtime's dialect."""

@@ -31,6 +31,15 @@ class Caches:
 
 
 @dataclass(frozen=True)
+class Halves:
+    """Latent rows as the caches hold them, [n, 1, D / 2] each: the first half among the keys, the second among the
+    values."""
+
+    first: ir.Value
+    second: ir.Value
+
+
+@dataclass(frozen=True)
 class _Series:
     """A compressor: the beginning of its tensors' names, and the channels of its entries."""
 
@@ -61,8 +70,14 @@ class _Seen:
     bias: ir.Value
 
 
-def attention(parts: Parts, layer: int, normed: ir.Value, caches: Caches, place: Place) -> tuple[ir.Value, Caches]:
-    """(output [B, H], the caches after the new rows were written) of ``normed`` [B, H]"""
+def attention(
+    parts: Parts, layer: int, normed: ir.Value, caches: Caches, place: Place, committed: Halves | None = None
+) -> tuple[ir.Value, Caches]:
+    """(output [B, H], the caches after the new rows were written) of ``normed`` [B, H]
+
+    ``committed``: latent rows that are written before those of ``normed``, as ``place.placement`` has it; without
+    compression alone.
+    """
     tape, decoder, name = parts.tape, parts.decoder, f"layers.{layer}.attn"
     heads, dim = decoder.attention.num_heads, decoder.attention.head_dim
     compression, turn = decoder.compressions[layer], place.rotations[decoder.layer_rope(layer)]
@@ -70,11 +85,15 @@ def attention(parts: Parts, layer: int, normed: ir.Value, caches: Caches, place:
     projected = _project(parts, name, compression, series, normed)
     query = parts.product(projected.query_residual, (f"{name}.wq_b",), decoder.query_rank)
     query = rotate(parts, parts.unit_norm(tape.reshape(query, (-1, heads, dim)), dim), dim, turn)
-    latent = tape.reshape(parts.norm(projected.latent, f"{name}.norm", dim), (-1, 1, dim))
-    halves = parts.split(rotate(parts, latent, dim, turn), [dim // 2, dim // 2])
+    halves = latent_halves(parts, layer, projected.latent, turn)
+    if committed is not None:
+        halves = Halves(
+            tape.op("Concat", committed.first, halves.first, axis=0),
+            tape.op("Concat", committed.second, halves.second, axis=0),
+        )
     written = Caches(
-        _write(parts, caches.keys, place, halves[0], projected.vectors),
-        _write(parts, caches.values, place, halves[1], projected.gates),
+        _write(parts, caches.keys, place, halves.first, projected.vectors),
+        _write(parts, caches.values, place, halves.second, projected.gates),
     )
     widths = [dim // 2, *(_count(compression) * one.width for one in series)]
     first, *vectors = parts.split(written.keys, widths)
@@ -89,6 +108,13 @@ def attention(parts: Parts, layer: int, normed: ir.Value, caches: Caches, place:
     mixed = _attend(parts, name, query, seen, place)
     # Values were rotated with the keys they are; turned back, they depend on the distance alone.
     return _output(parts, name, rotate(parts, mixed, dim, turn, back=True)), written
+
+
+def latent_halves(parts: Parts, layer: int, latent: ir.Value, turn: Rotation) -> Halves:
+    """What a layer caches of projected latents [n, D]: normed, and rotated by their positions."""
+    dim = parts.decoder.attention.head_dim
+    rows = parts.tape.reshape(parts.norm(latent, f"layers.{layer}.attn.kv_norm", dim), (-1, 1, dim))
+    return Halves(*parts.split(rotate(parts, rows, dim, turn), [dim // 2, dim // 2]))
 
 
 def _project(

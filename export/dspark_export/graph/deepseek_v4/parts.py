@@ -15,7 +15,7 @@ from dspark_export.errors import ExportError
 from dspark_export.graph.linear import FloatLinears
 from dspark_export.graph.ort_dialect import OrtDialect
 from dspark_export.graph.tape import GraphTape
-from dspark_export.weights.deepseek_v4_names import ReleasedNames
+from dspark_export.weights import WeightSource
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Parts:
 
     dialect: OrtDialect
     decoder: DeepSeekV4
-    weights: ReleasedNames
+    weights: WeightSource
+    """Under the names of released checkpoints."""
 
     @property
     def tape(self) -> GraphTape:

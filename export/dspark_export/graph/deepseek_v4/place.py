@@ -5,6 +5,7 @@ Shapes as in ``graph.layout``; besides, T entries of a compression.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ from dspark_export.decoder import Rope
 from dspark_export.graph.deepseek_v4.rotation import Rotation, rotation
 from dspark_export.graph.layout import RaggedInputs
 from dspark_export.graph.ort_dialect import OrtDialect
+from dspark_export.graph.tape import GraphTape
 
 MASKED = np.finfo(np.float32).min
 """Score of what is not seen."""
@@ -55,21 +57,21 @@ def place(
     inputs: RaggedInputs,
     cache: ir.Value,
     window: int,
-    plain: Rope,
+    tables: Mapping[Rope, tuple[ir.Value, ir.Value]],
     compressed: Rope,
     rates: set[int],
     max_context: int,
 ) -> Place:
-    """Build the indices; ``cache`` is any layer's, read for its length."""
+    """Build the indices; ``cache`` is any layer's, read for its length. A token sees its horizon and ``window`` - 1
+    positions before that."""
     tape = dialect.tape
     keys = dialect.key_positions(cache)  # [C]
-    query_position = tape.op("Gather", inputs.positions, inputs.query_index, axis=0)
+    query_position = tape.op("Gather", inputs.horizon, inputs.query_index, axis=0)
     query_position = tape.op("Unsqueeze", query_position, tape.constant([2]))  # [R, Q, 1]
     before = tape.op("Sub", query_position, tape.constant(window))
     inside = tape.op("And", tape.op("LessOrEqual", keys, query_position), tape.op("Greater", keys, before))
     query_width = tape.op("Shape", inputs.query_index, start=1, end=2)
     capacity = tape.op("Shape", cache, start=2, end=3)
-    tables = {rope: _tables(dialect, rope, max_context, index) for index, rope in enumerate((plain, compressed))}
     entries = {}
     for rate in sorted(rates):
         length = tape.op("Div", tape.op("Add", capacity, tape.constant([rate - 1])), tape.constant([rate]))
@@ -102,6 +104,10 @@ def bias(dialect: OrtDialect, visible: ir.Value) -> ir.Value:
     return made
 
 
-def _tables(dialect: OrtDialect, rope: Rope, positions: int, index: int) -> tuple[ir.Value, ir.Value]:
-    cosines, sines = rope.tables(positions)
-    return dialect.tape.table(f"rope_cos.{index}", cosines), dialect.tape.table(f"rope_sin.{index}", sines)
+def rope_tables(tape: GraphTape, ropes: Iterable[Rope], positions: int) -> dict[Rope, tuple[ir.Value, ir.Value]]:
+    """Cosines and sines of each rotation as initializers, [positions, rope_dim / 2]; once a graph."""
+    tables = {}
+    for index, rope in enumerate(dict.fromkeys(ropes)):
+        cosines, sines = rope.tables(positions)
+        tables[rope] = (tape.table(f"rope_cos.{index}", cosines), tape.table(f"rope_sin.{index}", sines))
+    return tables

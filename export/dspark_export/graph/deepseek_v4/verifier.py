@@ -11,11 +11,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from dspark_export.deepseek_v4 import DeepSeekV4
-from dspark_export.graph.deepseek_v4.attention import Caches, attention
-from dspark_export.graph.deepseek_v4.experts import mixture
-from dspark_export.graph.deepseek_v4.hyper import collapse, expand, join, mean, merge
+from dspark_export.graph.deepseek_v4.attention import Caches
+from dspark_export.graph.deepseek_v4.hyper import expand, join, mean
+from dspark_export.graph.deepseek_v4.layer import decoder_layer
 from dspark_export.graph.deepseek_v4.parts import Parts
-from dspark_export.graph.deepseek_v4.place import Place, place
+from dspark_export.graph.deepseek_v4.place import Place, place, rope_tables
 from dspark_export.graph.layout import RaggedInputs
 from dspark_export.graph.linear import FloatLinears
 from dspark_export.graph.ort_dialect import OrtDialect
@@ -66,15 +66,8 @@ class DeepSeekV4Graph:
         streams = expand(parts, tape.op("Gather", embedding, input_ids, axis=0))
         features, written = [], []
         for layer, (heads, width) in enumerate(decoder.cache_shapes):
-            name = f"layers.{layer}"
-            collapsed, mixing = collapse(parts, f"{name}.hc_attn", streams)
-            normed = parts.norm(collapsed, f"{name}.attn_norm", hidden)
             own = Caches(caches[2 * layer], caches[2 * layer + 1])
-            block, after = attention(parts, layer, normed, own, where)
-            streams = merge(parts, mixing, block, streams)
-            collapsed, mixing = collapse(parts, f"{name}.hc_ffn", streams)
-            normed = parts.norm(collapsed, f"{name}.ffn_norm", hidden)
-            streams = merge(parts, mixing, mixture(parts, layer, normed, input_ids), streams)
+            streams, after = decoder_layer(parts, layer, streams, input_ids, own, where)
             if layer in self._taps:
                 features.append(mean(parts, streams))
             written += [
@@ -107,7 +100,7 @@ class DeepSeekV4Graph:
             inputs,
             cache,
             decoder.attention.window,
-            decoder.attention.rope,
+            rope_tables(parts.tape, (decoder.attention.rope, decoder.compressed_rope), self._max_context),
             decoder.compressed_rope,
             {compression.rate for compression in decoder.compressions if compression is not None},
             self._max_context,
