@@ -35,6 +35,9 @@ class DrafterSpec:
     """Tokens the drafter can propose; smaller than the vocabulary where ``d2t`` maps them."""
     confidence_bias: bool = True
     """Whether the confidence head adds a number of the checkpoint."""
+    causal_windows: bool = False
+    """Whether, in layers with a sliding window, slots see none of those behind them. A window counts positions before
+    the anchor, the same for every slot."""
 
     @property
     def feature_size(self) -> int:

@@ -90,7 +90,10 @@ class TorchDrafter(nn.Module):
         self.register_buffer("d2t", torch.arange(spec.draft_vocab_size) if reduced else None)
         self.fc = nn.Linear(spec.feature_size, decoder.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(decoder.hidden_size, decoder.norm_eps)
-        self.layers = nn.ModuleList(DrafterLayer(decoder) for _ in range(decoder.num_layers))
+        self.layers = nn.ModuleList(
+            DrafterLayer(decoder, attention, spec.causal_windows and attention.window is not None)
+            for attention in decoder.layer_attentions
+        )
         self.norm = nn.RMSNorm(decoder.hidden_size, decoder.norm_eps)
         self.markov_head = MarkovHead(spec)
         self.confidence_head = ConfidenceHead(spec) if spec.confidence else None
@@ -170,7 +173,8 @@ class TorchDrafter(nn.Module):
         if spec.decoder.embedding_scale != 1.0:
             x = x * spec.decoder.embedding_scale
         context = self.hidden_norm(self.fc(features * self.feature_scale))
-        keys = ContextKeys(context, Rotation.at(positions, self._inverse_frequencies, x.dtype), texts)
+        turn = Rotation.at(positions, self._inverse_frequencies, x.dtype)
+        keys = ContextKeys(context, turn, texts, positions, starts)
         rotation = Rotation.at(starts[:, None] + steps, self._inverse_frequencies, x.dtype)
         for layer in self.layers:
             x = layer(x, rotation, keys)

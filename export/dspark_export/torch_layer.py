@@ -55,14 +55,25 @@ class ContextKeys:
     rotation: Rotation
     texts: Sequence[TextBlocks]
     """Together they hold all blocks, in order."""
+    positions: Tensor
+    """int64 [T]"""
+    starts: Tensor
+    """int64 [A]: positions of the blocks' anchors."""
+
+    def visible(self, text: TextBlocks, window: int | None) -> Tensor:
+        """bool [blocks, rows]: what blocks may look at through a sliding window."""
+        if window is None:
+            return text.visible
+        return text.visible & (self.positions[text.rows] >= self.starts[text.blocks][:, None] - window)
 
 
 class DrafterAttention(nn.Module):
-    """Grouped-query attention of block slots over context rows and, in both directions, their own block."""
+    """Grouped-query attention of block slots over context rows and their own block."""
 
-    def __init__(self, hidden_size: int, attention: Attention, norm_eps: float) -> None:
+    def __init__(self, hidden_size: int, attention: Attention, norm_eps: float, causal: bool) -> None:
+        """``causal``: slots see none of those behind them."""
         super().__init__()
-        self._shape = attention
+        self._shape, self._causal = attention, causal
         queries = attention.num_heads * attention.head_dim
         keys = attention.num_kv_heads * attention.head_dim
         self.q_proj = nn.Linear(hidden_size, queries, bias=attention.qkv_bias)
@@ -102,7 +113,7 @@ class DrafterAttention(nn.Module):
                     query[text.blocks],
                     (context_key[text.rows], context_value[text.rows]),
                     (block_key[text.blocks], block_value[text.blocks]),
-                    text.visible,
+                    keys.visible(text, self._shape.window),
                 )
                 for text in keys.texts
             ]
@@ -118,6 +129,9 @@ class DrafterAttention(nn.Module):
         on_context = torch.einsum("aqhnd,thd->ahnqt", query, context[0])
         on_context = on_context.masked_fill(~visible[:, None, None, None, :], float("-inf"))
         on_block = torch.einsum("aqhnd,akhd->ahnqk", query, block[0])
+        if self._causal:
+            later = torch.ones(on_block.shape[-2:], dtype=torch.bool, device=query.device).triu(1)
+            on_block = on_block.masked_fill(later, float("-inf"))
         scores = torch.cat([on_context, on_block], dim=-1) * self._shape.scale
         weights, length = scores.softmax(dim=-1), visible.shape[1]
         mixed = torch.einsum("ahnqt,thd->aqhnd", weights[..., :length], context[1])
@@ -147,10 +161,10 @@ class DrafterLayer(nn.Module):
 
     layer_scalar: Tensor
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, attention: Attention, causal: bool) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(decoder.hidden_size, decoder.norm_eps)
-        self.self_attn = DrafterAttention(decoder.hidden_size, decoder.attention, decoder.norm_eps)
+        self.self_attn = DrafterAttention(decoder.hidden_size, attention, decoder.norm_eps, causal)
         self.post_attention_layernorm = nn.RMSNorm(decoder.hidden_size, decoder.norm_eps)
         self.mlp = DrafterMlp(decoder)
         self._branch_norms, self._scaled = decoder.branch_norms, decoder.layer_scalar

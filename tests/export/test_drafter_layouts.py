@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from artifacts import GOLDEN, golden_arrays, silent
 from drafters import (
     bind_intermediates,
@@ -26,8 +27,10 @@ from dspark_export.drafter import DrafterExport, export_drafter
 from dspark_export.errors import ExportError
 from dspark_export.layouts import describe_checkpoint
 from dspark_export.layouts.speculators import LAYER_DEFAULTS
+from dspark_export.torch_drafter import TorchDrafter
 
 NAME = "qwen3_vanilla"
+SLIDING, FULL = "sliding_attention", "full_attention"
 KEPT = np.sort(np.random.default_rng(3).permutation(384)[:120])
 _HEADS = ("block_size", "mask_token_id", "markov_rank", "markov_head_type", "confidence_head_with_markov")
 
@@ -107,6 +110,60 @@ def test_speculators_with_d2t_equals_the_released_layout(golden_artifacts, tmp_p
         assert got["draft_tokens"][0, 0] == best and set(got["draft_tokens"][0].tolist()) <= set(KEPT.tolist())
 
 
+def layers_of(kinds: list[str], window: object = 6, **keys) -> dict:
+    """Changes to a config: these layers, of which sliding ones have this window."""
+    layer = speculators_config()["transformer_layer_config"] | {
+        "layer_types": kinds, "sliding_window": window, "use_sliding_window": True,
+    }  # fmt: skip
+    return {"transformer_layer_config": layer | keys}
+
+
+@pytest.mark.parametrize(
+    ("kinds", "both_ways"), [([SLIDING, FULL], False), ([FULL, SLIDING], True), ([SLIDING, SLIDING], False)]
+)
+def test_sliding_layers(golden_artifacts, tmp_path, kinds, both_ways):
+    """Windows end before the anchor; in layers that have one, the block is causal unless the config says otherwise."""
+    changes = layers_of(kinds) | {"sliding_window_non_causal": both_ways}
+    checkpoint = speculators_checkpoint(tmp_path / "c", **changes)
+    said = rounds_of(tmp_path / "a", golden_artifacts[NAME], checkpoint)
+    spec = describe_checkpoint(json.loads((checkpoint / "config.json").read_text()))
+    assert [attention.window for attention in spec.decoder.layer_attentions] == [
+        6 if kind == SLIDING else None for kind in kinds
+    ]
+    stored = load_file(GOLDEN / NAME / "drafter" / "model.safetensors")
+    tensors = {name: torch.from_numpy(array) for name, array in stored.items()}
+    module = TorchDrafter(spec, tensors.pop("embed_tokens.weight"), tensors.pop("lm_head.weight")).eval()
+    module.load_state_dict(tensors)
+    features = torch.from_numpy(golden_arrays(NAME)["target_features"])
+    tokens = torch.from_numpy(np.concatenate([golden_arrays(NAME)[key] for key in ("prompt", "greedy")]))
+    with torch.no_grad():
+        many = module.forward_blocks(features, torch.tensor([3, 40]), tokens).hidden
+        for row, anchor in enumerate((3, 40)):
+            one = module(features[:anchor], torch.arange(anchor), int(tokens[anchor]), anchor).hidden[0]
+            torch.testing.assert_close(many[row], one, rtol=0, atol=1e-5)
+    for round_, got in zip(golden_rounds(NAME), said, strict=True):
+        seen = features[: round_.start].clone()
+        if FULL not in kinds:
+            seen[:-6] = 7.0
+        with torch.no_grad():
+            expected = module(seen, torch.arange(round_.start), round_.anchor, round_.start)
+        for key in ("hidden", "base_logits", "draft_logits", "confidence_logits"):
+            np.testing.assert_allclose(got[key], getattr(expected, key), rtol=0, atol=1e-4, err_msg=key)
+        # The negative control: without windows it says something else.
+        assert np.abs(got["hidden"][0] - round_.hidden).max() > 1e-2
+
+
+def test_windows_that_a_config_leaves_to_its_class():
+    """Qwen3's default of 4096 where a window is used, and its default of layers that have none."""
+    changes = layers_of([SLIDING, FULL], max_window_layers=1)
+    del changes["transformer_layer_config"]["sliding_window"], changes["transformer_layer_config"]["layer_types"]
+    spec = describe_checkpoint(speculators_config(**changes))
+    assert [attention.window for attention in spec.decoder.layer_attentions] == [None, 4096] and spec.causal_windows
+    changes["transformer_layer_config"]["use_sliding_window"] = False
+    plain = describe_checkpoint(speculators_config(**changes))
+    assert plain.decoder.layer_attentions[1].window is None and not plain.causal_windows
+
+
 @pytest.mark.parametrize(("family", "kind"), [("qwen3", Qwen3Config), ("llama", LlamaConfig)])
 def test_defaults_of_layer_configs_are_those_of_transformers(family, kind):
     stated = kind().to_dict()
@@ -136,6 +193,10 @@ def test_other_architectures_are_refused_by_name(architecture):
         ({"aux_hidden_state_layer_ids": [0 + 2, 3, 5]}, {}, None, r"target_layer_ids \[1, 2, 4\], the verifier \[0, 2"),
         ({"sample_from_anchor": False}, {}, None, "sample_from_anchor: expected true, got false"),
         ({"sample_from_anchor": ...}, {}, None, "sample_from_anchor: expected true, got none"),
+        (layers_of([SLIDING]), {}, None, "layer_types: expected .* for each of 2 layers, got sliding_attention"),
+        (layers_of(["chunked", FULL]), {}, None, "layer_types: expected .* for each of 2 layers, got chunked, full"),
+        (layers_of([SLIDING, FULL], None), {}, None, "sliding_window: expected a number of positions .*, got None"),
+        (layers_of([SLIDING, FULL], use_sliding_window=False), {}, None, "sliding_window: expected a number .* None"),
         ({"markov_rank": 0}, {}, None, "markov_rank: expected at least 1, got 0"),
         ({"target_hidden_size": 128}, {}, None, "target_hidden_size: expected the drafter's own 64, got 128"),
         ({"mask_token_id": ...}, {}, None, "expected the key 'mask_token_id'"),

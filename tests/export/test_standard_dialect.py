@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from artifacts import golden_arrays
-from drafters import golden_rounds
+from drafters import golden_rounds, golden_torch_drafter
 from standard_graphs import (
     Caches,
     draft,
@@ -17,6 +20,8 @@ from standard_graphs import (
     verifier_tensors,
     verify,
 )
+
+from dspark_export.torch_drafter import TorchDrafter
 
 TOLERANCE = 1e-4
 NAMES = ("qwen3_vanilla", "qwen3_gated", "qwen3_rnn", "gemma4_vanilla")
@@ -77,6 +82,27 @@ def test_every_golden_round(tmp_path, name):
                 found[key][0], getattr(round_, key), rtol=0, atol=TOLERANCE, err_msg=f"{key}, round {round_.index}"
             )
     assert len(rounds) == 9
+
+
+def test_layers_with_windows(tmp_path):
+    name, whole = "qwen3_vanilla", golden_torch_drafter("qwen3_vanilla")
+    attention = whole.spec.decoder.attention
+    attentions = (replace(attention, window=5), attention)
+    spec = replace(whole.spec, decoder=replace(whole.spec.decoder, attentions=attentions), causal_windows=True)
+    module = TorchDrafter(spec, whole.embedding, whole.lm_head)
+    module.load_state_dict(whole.state_dict())
+    _, _, shared = target_of(name)
+    drafting, _ = drafter_graphs(name, spec=spec)
+    caches = Caches(open_graph(drafting, tmp_path, "d.onnx"), slots=2)
+    features = golden_arrays(name)["target_features"]
+    for round_ in list(golden_rounds(name))[:3]:
+        found = draft(caches, shared, features, round_.first, round_.start, round_.anchor, 1, spec.block_size)
+        with torch.no_grad():
+            seen = torch.from_numpy(features[: round_.start])
+            expected = module(seen, torch.arange(round_.start), round_.anchor, round_.start)
+        for key in ("hidden", "base_logits", "draft_logits", "confidence_logits"):
+            np.testing.assert_allclose(found[key], getattr(expected, key), rtol=0, atol=TOLERANCE, err_msg=key)
+        assert np.abs(found["hidden"][0] - round_.hidden).max() > 1e-2
 
 
 FORMS = [

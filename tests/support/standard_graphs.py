@@ -41,9 +41,10 @@ def verifier_graph(name, dtype="float32", **form):
     ).build()
 
 
-def drafter_graphs(name, dtype="float32", expose=True, **form):
-    """(draft, context)"""
-    spec, weights = read_drafter(SafetensorsFolder(GOLDEN / name / "drafter"))
+def drafter_graphs(name, dtype="float32", expose=True, spec=None, **form):
+    """(draft, context); ``spec``: in place of the golden drafter's own."""
+    own, weights = read_drafter(SafetensorsFolder(GOLDEN / name / "drafter"))
+    spec = spec or own
     standard = StandardForm(CAPACITY, **form)
     return (
         DrafterGraph(spec, weights, 140, dtype, standard=standard).build_draft(expose),

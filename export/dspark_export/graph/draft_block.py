@@ -22,20 +22,29 @@ def block_tokens(tape: GraphTape, spec: DrafterSpec, anchors: ir.Value) -> ir.Va
 
 
 def block_inputs(
-    tape: GraphTape, block: int, block_rows: ir.Value, starts: ir.Value, query_index: ir.Value
+    tape: GraphTape,
+    block: int,
+    block_rows: ir.Value,
+    starts: ir.Value,
+    query_index: ir.Value,
+    causal: bool = False,
 ) -> RaggedInputs:
-    """Slot k of request i is token i * g + k, at position starts[i] + k; it may look up to the block's end.
+    """Slot k of request i is token i * g + k, at position starts[i] + k; it may look up to the block's end, or, where
+    ``causal``, to itself. Windows count positions before the anchor: all slots see the same of them.
 
     ``block_rows`` and ``starts`` [R], ``query_index`` [S, g].
     """
     offsets = tape.constant(np.arange(block).reshape(1, block))
     start = tape.op("Unsqueeze", starts, tape.constant([1]))
     row = tape.op("Unsqueeze", block_rows, tape.constant([1]))
+    positions = tape.reshape(tape.op("Add", start, offsets), (-1,))
     ends = tape.op("Add", start, tape.constant(np.full((1, block), block - 1)))
+    before = tape.op("Add", start, tape.constant(np.full((1, block), -1)))
     return RaggedInputs(
-        positions=tape.reshape(tape.op("Add", start, offsets), (-1,)),
+        positions=positions,
         rows=tape.reshape(tape.op("Add", row, tape.constant(np.zeros((1, block)))), (-1,)),
         columns=tape.reshape(tape.op("Add", tape.op("Sub", start, start), offsets), (-1,)),
         query_index=query_index,
-        horizon=tape.reshape(ends, (-1,)),
+        horizon=positions if causal else tape.reshape(ends, (-1,)),
+        window_end=tape.reshape(before, (-1,)),
     )

@@ -124,16 +124,15 @@ class DrafterGraph:
         query_index = graph_input("query_index", _INT, (slots, block))
 
         context = self._context()
-        inputs = block_inputs(tape, block, block_rows, starts, query_index)
-        layout = ragged_layout(self._dialect, inputs, decoder.attention, self._caches[0])
-        linears = self._linears(layout.position_ids)
+        layouts = self._layouts(block_rows, starts, query_index)
+        linears = self._linears(layouts[0].position_ids)
         blocks = self._blocks(linears)
-        index = self._dialect.join(context.index, layout.placement)
+        index = self._dialect.join(context.index, layouts[0].placement)
         embedding = self._dialect.shared(SHARED_EMBEDDING, (decoder.vocab_size, decoder.hidden_size))
         residual = blocks.embed(embedding, block_tokens(tape, spec, anchors))  # [R*g, H]
         normed = blocks.norm(residual, "layers.0.input_layernorm.weight")
         written = []
-        for layer in range(decoder.num_layers):
+        for layer, layout in enumerate(layouts):
             prefix = f"layers.{layer}"
             query, key, value = self._project(blocks, prefix, normed, layout)
             keys, values = self._write(
@@ -220,6 +219,16 @@ class DrafterGraph:
             cache = self._dialect.write(self._caches[2 * layer + offset], index, rows)
             written.append(graph_output(cache, f"{kind}_cache_{layer}_out", self._tape.compute, self._cache_shape))
         return written[0], written[1]
+
+    def _layouts(self, block_rows: ir.Value, starts: ir.Value, query_index: ir.Value) -> list[RaggedLayout]:
+        """Where the block is and what it sees, of every layer; layers with the same window share one."""
+        spec, made = self._spec, dict[int | None, RaggedLayout]()
+        for attention in spec.decoder.layer_attentions:
+            if attention.window not in made:
+                causal = spec.causal_windows and attention.window is not None
+                inputs = block_inputs(self._tape, spec.block_size, block_rows, starts, query_index, causal)
+                made[attention.window] = ragged_layout(self._dialect, inputs, attention, self._caches[0])
+        return [made[attention.window] for attention in spec.decoder.layer_attentions]
 
     def _project(
         self, blocks: Blocks, prefix: str, normed: ir.Value, layout: RaggedLayout

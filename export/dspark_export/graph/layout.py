@@ -21,7 +21,8 @@ class RaggedInputs:
 
     ``positions`` [B]: position in its sequence. ``rows`` [B]: cache row within the bound view. ``columns`` [B]: which
     of its request's tokens it is in this step. ``query_index`` [R, Q]: the token of each (row, column), any token
-    where there is none. ``horizon`` [B]: last position that a token may attend to.
+    where there is none. ``horizon`` [B]: last position that a token may attend to. ``window_end`` [B]: the last of the
+    positions that a sliding window counts; those behind it, up to the horizon, are seen besides.
     """
 
     positions: ir.Value
@@ -29,6 +30,7 @@ class RaggedInputs:
     columns: ir.Value
     query_index: ir.Value
     horizon: ir.Value
+    window_end: ir.Value
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def ragged_layout(dialect: Dialect, inputs: RaggedInputs, attention: Attention, 
     horizon = tape.op("Gather", inputs.horizon, inputs.query_index, axis=0)  # [R, Q]
     visible = tape.op("LessOrEqual", key_position, tape.op("Unsqueeze", horizon, tape.constant([2])))  # [R, Q, C]
     if attention.window is not None:
-        last_hidden = tape.op("Sub", horizon, tape.constant(attention.window))
+        window_end = tape.op("Gather", inputs.window_end, inputs.query_index, axis=0)
+        last_hidden = tape.op("Sub", window_end, tape.constant(attention.window))
         inside = tape.op("Greater", key_position, tape.op("Unsqueeze", last_hidden, tape.constant([2])))
         visible = tape.op("And", visible, inside)
     mask = dialect.mask(visible, group)

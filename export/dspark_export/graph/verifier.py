@@ -84,6 +84,7 @@ class VerifierGraph:
             columns=graph_input("columns", ir.DataType.INT64, ("B",)),
             query_index=self._query_index,
             horizon=positions,
+            window_end=positions,
         )
         logit_rows = graph_input("logit_rows", ir.DataType.INT64, ("N",))
         caches = [

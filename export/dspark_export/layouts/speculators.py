@@ -8,6 +8,8 @@ It follows ``speculators/models/dspark/config.py`` and ``vllm/transformers_utils
 - ``sample_from_anchor``: slot 0, the anchor's, predicts too, as DSpark has it. Otherwise only the mask slots predict,
   each its own position; that is another block, and refused. Files from before the key existed are of that kind (vLLM
   serves them so), so that the key must be there: a wrong guess would draft text shifted by one.
+- Layers of ``layer_types`` sliding_attention see the ``sliding_window`` positions before the anchor, whatever the slot,
+  and of their block no slot behind them unless ``sliding_window_non_causal``. Full attention sees the whole block.
 - Tensors have the released names. With ``draft_vocab_size`` below the target's, ``d2t`` [Vd] int64 holds *offsets*
   (target id = draft id + d2t[draft id]), ``t2d`` [V] bool marks the kept tokens, and ``lm_head`` has Vd rows.
 - ``verifier_norm``, ``verifier_lm_head`` and ``mask_embedding`` serve the training alone.
@@ -16,7 +18,8 @@ It follows ``speculators/models/dspark/config.py`` and ``vllm/transformers_utils
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,13 +96,43 @@ def describe(config: Mapping[str, Any]) -> DrafterSpec:
         raise ExportError("drafter config.json: expected the key 'mask_token_id'")
     heads = {key: config.get(key, default) for key, default in _HEAD_DEFAULTS.items()}
     flat = backbone | heads
+    # Windows are read apart: what they mean here is not what they mean in a target.
     flat |= {
+        "use_sliding_window": False,
         "architectures": [_ARCHITECTURES[family]],
         "target_layer_ids": [index - 1 for index in counted],
         "mask_token_id": config["mask_token_id"],
         "draft_vocab_size": config.get("draft_vocab_size"),
     }
-    return describe_drafter(flat)
+    return _with_windows(describe_drafter(flat), _windows(backbone), bool(config.get("sliding_window_non_causal")))
+
+
+def _with_windows(spec: DrafterSpec, windows: Sequence[int | None], both_ways: bool) -> DrafterSpec:
+    if set(windows) == {None}:
+        return spec
+    attentions = tuple(replace(spec.decoder.attention, window=window) for window in windows)
+    return replace(spec, decoder=replace(spec.decoder, attentions=attentions), causal_windows=not both_ways)
+
+
+def _windows(backbone: Mapping[str, Any]) -> list[int | None]:
+    """The window of every layer, None for full attention."""
+    count, size = backbone["num_hidden_layers"], backbone.get("sliding_window")
+    if backbone["model_type"] == "qwen3":  # whose class drops a window that is not used
+        size = backbone.get("sliding_window", 4096) if backbone.get("use_sliding_window") else None
+    kinds = backbone.get("layer_types")
+    if kinds is None:
+        first = backbone.get("max_window_layers", 28) if size is not None else count
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(count)]
+    if len(kinds) != count or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ExportError(
+            f"layer_types: expected full_attention or sliding_attention for each of {count} layers, got "
+            f"{', '.join(map(str, kinds))}"
+        )
+    if "sliding_attention" in kinds and (not isinstance(size, int) or size < 1):
+        raise ExportError(
+            f"sliding_window: expected a number of positions for layers with sliding_attention, got {size!r}"
+        )
+    return [size if kind == "sliding_attention" else None for kind in kinds]
 
 
 def _require_plain_block(config: Mapping[str, Any], backbone: Mapping[str, Any]) -> None:
@@ -127,9 +160,6 @@ def _require_plain_block(config: Mapping[str, Any], backbone: Mapping[str, Any])
             f"target_hidden_size: expected the drafter's own {width}, got {target}; a drafter shares the target's "
             "embedding, so both must be equal"
         )
-    kinds = set(backbone.get("layer_types") or ()) | set(config.get("layer_types") or ())
-    if kinds - {"full_attention"} or config.get("use_sliding_window"):
-        raise ExportError(f"layer_types: expected full_attention in all layers, got {', '.join(sorted(kinds))}")
 
 
 def rename(spec: DrafterSpec, weights: WeightSource) -> WeightSource:

@@ -150,14 +150,13 @@ class DeepSeekDrafterGraph:
         )
 
     def _place(self, block_rows: ir.Value, starts: ir.Value, query_index: ir.Value) -> Place:
-        decoder, block = self._decoder, self._spec.block_size
+        decoder = self._decoder
         assert decoder.attention.window is not None
         return place(
             self._parts.dialect,
-            block_inputs(self._parts.tape, block, block_rows, starts, query_index),
+            block_inputs(self._parts.tape, self._spec.block_size, block_rows, starts, query_index),
             self._caches[0],
-            # Counted from the block's end.
-            decoder.attention.window + block,
+            decoder.attention.window,
             self._tables,
             decoder.attention.rope,
             set(),

@@ -62,14 +62,18 @@ def place(
     rates: set[int],
     max_context: int,
 ) -> Place:
-    """Build the indices; ``cache`` is any layer's, read for its length. A token sees its horizon and ``window`` - 1
-    positions before that."""
+    """Build the indices; ``cache`` is any layer's, read for its length."""
     tape = dialect.tape
     keys = dialect.key_positions(cache)  # [C]
-    query_position = tape.op("Gather", inputs.horizon, inputs.query_index, axis=0)
-    query_position = tape.op("Unsqueeze", query_position, tape.constant([2]))  # [R, Q, 1]
-    before = tape.op("Sub", query_position, tape.constant(window))
-    inside = tape.op("And", tape.op("LessOrEqual", keys, query_position), tape.op("Greater", keys, before))
+
+    def of_queries(values: ir.Value) -> ir.Value:
+        gathered = tape.op("Gather", values, inputs.query_index, axis=0)
+        lifted: ir.Value = tape.op("Unsqueeze", gathered, tape.constant([2]))
+        return lifted  # [R, Q, 1]
+
+    horizon = of_queries(inputs.horizon)
+    before = tape.op("Sub", of_queries(inputs.window_end), tape.constant(window))
+    inside = tape.op("And", tape.op("LessOrEqual", keys, horizon), tape.op("Greater", keys, before))
     query_width = tape.op("Shape", inputs.query_index, start=1, end=2)
     capacity = tape.op("Shape", cache, start=2, end=3)
     entries = {}
@@ -77,7 +81,7 @@ def place(
         length = tape.op("Div", tape.op("Add", capacity, tape.constant([rate - 1])), tape.constant([rate]))
         missing = tape.op("Sub", tape.op("Mul", length, tape.constant([rate])), capacity)
         index = tape.op("Range", tape.constant(0), tape.op("Squeeze", length), tape.constant(1))  # [T]
-        complete = tape.op("Div", tape.op("Add", query_position, tape.constant(1)), tape.constant(rate))
+        complete = tape.op("Div", tape.op("Add", horizon, tape.constant(1)), tape.constant(rate))
         # Capacity may go beyond the context; what stands there is never seen.
         first = tape.op("Min", tape.op("Mul", index, tape.constant(rate)), tape.constant(max_context - 1))
         entries[rate] = Entries(

@@ -59,7 +59,7 @@ class DeepSeekV4Graph:
             for layer, (heads, width) in enumerate(decoder.cache_shapes)
             for kind in ("key", "value")
         ]
-        where = self._place(RaggedInputs(positions, rows, columns, query_index, positions), caches[0])
+        where = self._place(RaggedInputs(positions, rows, columns, query_index, positions, positions), caches[0])
         embedding = tape.weight(
             f"{EMBEDDING}.weight", (decoder.vocab_size, hidden), lambda: parts.weights.read(f"{EMBEDDING}.weight")
         )
