@@ -1,4 +1,4 @@
-"""GPUs that a plan can name, and sizes of memory in words."""
+"""GPUs that a plan can name, what each generation computes in, and sizes of memory in words."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass
 
 from dspark_export.errors import ExportError
+
+_FIRST = {"float16": 0, "bfloat16": 80, "fp8": 89, "int4": 80}
+"""Compute capability from which engines compute in a dtype; between int4's products there is bfloat16."""
 
 GIB = 2**30
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(GiB|GB|G|MiB|MB)?", re.IGNORECASE)
@@ -55,3 +58,18 @@ def find_gpu(text: str) -> Gpu:
         names = ", ".join(gpu.name for gpu in _GPUS.values())
         raise ExportError(f"--gpu: expected a size such as 24GiB or one of {names}, got {text!r}")
     return Gpu(text.strip(), int(float(size[1]) * _UNITS[(size[2] or "GiB").lower()]), None)
+
+
+def first_capability(precision: str) -> int:
+    """Least compute capability for a stage of this dtype, 0 where any will do."""
+    return _FIRST.get(precision, 0)
+
+
+def check_capability(option: str, precision: str, gpu: str, capability: int) -> None:
+    """Raises ExportError, in the name of ``option``, where the GPU cannot compute in this precision."""
+    least = first_capability(precision)
+    if capability >= least:
+        return
+    *most, last = [other for other, first in _FIRST.items() if capability >= first]
+    others = f"{', '.join(most)} or {last}" if most else last
+    raise ExportError(f"{option}: {precision} needs a GPU from SM{least} on, got {gpu}; export with --dtype {others}")

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dspark_backend.stages.engine_contract import COMPUTE_DTYPES, Workload
+from dspark_backend.stages.engine_contract import Workload
 from dspark_export.decoder import Decoder
 from dspark_export.deepseek_v4 import DeepSeekV4
 from dspark_export.drafter_spec import DrafterSpec
-from dspark_export.engine.builder import FIRST_FP8
 from dspark_export.errors import ExportError
-from dspark_export.gpus import Gpu
+from dspark_export.gpus import Gpu, check_capability
 from dspark_export.graph.standard_linear import INT4_BLOCK
 from dspark_export.parameters import Matrix, ParameterCount, context_matrices, count_drafter, count_target
 from dspark_export.tensorrt_graphs import TENSORRT_DTYPES
@@ -25,8 +24,6 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "bfloat16", "int8", "
 
 CHECKPOINT_BYTES = 2
 """Released checkpoints are bfloat16."""
-FIRST_BFLOAT16 = 80
-"""Compute capability from which engines compute in bfloat16, as those of fp8 and int4 do between their products."""
 PREFILL_TOKENS = 512
 RESERVED = 0.08
 """Share of a GPU's memory that the driver, the libraries and fragmentation take."""
@@ -192,8 +189,8 @@ def _check(decoder: Decoder, drafter: DrafterSpec | None, precision: Precision, 
         raise ExportError(f"--dtype: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
     if not 2 <= context <= decoder.max_position:
         raise ExportError(f"--context: expected 2 to the model's {decoder.max_position}, got {context}")
-    if gpu is not None:
-        _check_gpu(precision, gpu)
+    if gpu is not None and gpu.compute_capability is not None:
+        check_capability("--gpu", precision, f"{gpu.name} (SM{gpu.compute_capability})", gpu.compute_capability)
     if drafter is None:
         return
     for what, own, other in (
@@ -212,18 +209,6 @@ def _check(decoder: Decoder, drafter: DrafterSpec | None, precision: Precision, 
 def _check_planned(decoder: Decoder) -> None:
     if isinstance(decoder, DeepSeekV4):
         raise ExportError("model_type deepseek_v4: its sizes are not planned; export it without --dry-run")
-
-
-def _check_gpu(precision: Precision, gpu: Gpu) -> None:
-    capability = gpu.compute_capability
-    if capability is None:
-        return
-    least = FIRST_FP8 if precision == "fp8" else FIRST_BFLOAT16 if COMPUTE_DTYPES.get(precision) == "bfloat16" else 0
-    if capability < least:
-        others = "float16, bfloat16 or int4" if capability >= FIRST_BFLOAT16 else "float16"
-        raise ExportError(
-            f"--dtype {precision}: expected a GPU from SM{least} on, got {gpu.name} (SM{capability}); take {others}"
-        )
 
 
 def _target_size(decoder: Decoder, precision: Precision) -> ModelSize:

@@ -11,10 +11,11 @@ from typing import Any
 from dspark_backend.stages.engine_contract import Profile
 from dspark_export.engine.shapes import input_dims, profile_shapes
 from dspark_export.errors import ExportError
+from dspark_export.gpus import check_capability, first_capability
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")
-FIRST_FP8 = 89
-"""Compute capability from which there are fp8 products."""
+_EARLIEST_DEFAULT = 80
+"""Engines for SM75 are built by themselves, where ``--target`` asks for them."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,24 @@ def parse_targets(text: str, builder: Builder, precision: str) -> tuple[str, ...
     """Compute capabilities such as ``sm86,sm89``; empty is the GPU of this machine, or all that fit without one.
 
     Raises:
-        ExportError: one that the builder does not know, that lacks fp8, or any where it builds for this machine alone.
+        ExportError: one that the builder does not know or that lacks the precision, or any where it builds for this
+            machine alone.
     """
     if not builder.crosses:
         if text:
             raise ExportError(f"--target: {builder.package} builds for the GPU of this machine alone; leave it out")
         return ()
     known = {
-        name.lower(): name for name in dir(builder.module.ComputeCapability) if name.startswith("SM")
+        name.lower(): int(name[2:]) for name in dir(builder.module.ComputeCapability) if name.startswith("SM")
     }  # fmt: skip
-    low = FIRST_FP8 if precision == "fp8" else 80
     if not text:
-        return tuple(sorted((name for name in known if int(name[2:]) >= low), key=lambda name: int(name[2:])))
+        least = max(first_capability(precision), _EARLIEST_DEFAULT)
+        return tuple(sorted((name for name in known if known[name] >= least), key=known.__getitem__))
     targets = tuple(part.strip().lower() for part in text.split(","))
     for target in targets:
         if target not in known:
             raise ExportError(f"--target: expected some of {', '.join(sorted(known))}, got {target!r}")
-        if int(target[2:]) < low and precision == "fp8":
-            raise ExportError(
-                f"--target {target}: fp8 needs sm{FIRST_FP8} or later; export with --dtype bfloat16 or int4"
-            )
+        check_capability("--target", precision, target, known[target])
     return tuple(dict.fromkeys(targets))
 
 
