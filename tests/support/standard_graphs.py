@@ -1,10 +1,15 @@
-"""Graphs of the standard dialect, run by ONNX Runtime on the CPU, fed as ``engine_contract`` says."""
+"""Graphs of the standard dialect, fed as ``engine_contract`` says: by ONNX Runtime or by ONNX's own reference."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from artifacts import GOLDEN, golden_taps
+from onnx.reference import ReferenceEvaluator
 
 from dspark_backend.stages.engine_contract import CacheShape, DrafterTensors, VerifierTensors
 from dspark_backend.stages.shared_weights import SHARED_EMBEDDING, SHARED_HEAD
@@ -14,6 +19,7 @@ from dspark_export.graph.standard_form import StandardForm
 from dspark_export.graph.tape import save_graph
 from dspark_export.graph.verifier import VerifierGraph
 from dspark_export.layouts import read_drafter
+from dspark_export.quantization.fp8 import norm_scale, norm_scales
 from dspark_export.weights.safetensors_folder import SafetensorsFolder
 
 CAPACITY = 160
@@ -24,6 +30,32 @@ def open_graph(model, directory, name):
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(str(directory / name), options, providers=["CPUExecutionProvider"])
+
+
+class ReferenceSession:
+    """A graph as the ONNX package evaluates it, in numpy; a session as far as :class:`Caches` wants one."""
+
+    def __init__(self, model):
+        proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
+        self._evaluator = ReferenceEvaluator(proto)
+        self._inputs, self._outputs = (
+            [_described(value) for value in values] for values in (proto.graph.input, proto.graph.output)
+        )
+
+    def get_inputs(self):
+        return self._inputs
+
+    def get_outputs(self):
+        return self._outputs
+
+    def run(self, names, feed):
+        return self._evaluator.run(names, feed)
+
+
+def _described(value):
+    tensor = value.type.tensor_type
+    shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+    return SimpleNamespace(name=value.name, shape=shape, dtype=onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
 
 
 def target_of(name):
@@ -52,6 +84,17 @@ def drafter_graphs(name, dtype="float32", expose=True, spec=None, **form):
     )
 
 
+def fp8_scales(name, part):
+    """Of what the products of golden target or drafter read, as an export gives them."""
+    weights = SafetensorsFolder(GOLDEN / name / part)
+    decoder = describe(weights.config)
+    scales = norm_scales(decoder, weights, "model.layers." if part == "target" else "layers.")
+    if part == "drafter":
+        names = [f"layers.{layer}.self_attn.{kind}_proj" for kind in "kv" for layer in range(decoder.num_layers)]
+        scales["+".join(names)] = norm_scale(weights, "hidden_norm.weight")
+    return scales
+
+
 def verifier_tensors(name, compute="float32"):
     _, decoder, _ = target_of(name)
     caches = [CacheShape(*shape) for shape in decoder.cache_shapes]
@@ -75,7 +118,7 @@ class Caches:
     def __init__(self, session, slots):
         self.session = session
         self.arrays = {
-            value.name: np.zeros((slots, *value.shape[1:]), dtype=np.float32)
+            value.name: np.zeros((slots, *value.shape[1:]), dtype=getattr(value, "dtype", np.float32))
             for value in session.get_inputs()
             if value.name.startswith(("key_cache_", "value_cache_"))
         }
