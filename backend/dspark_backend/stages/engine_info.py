@@ -36,6 +36,8 @@ class EngineInfo:
     """Of all engines, in the order of their indices."""
     engines: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each engine, by its file."""
+    reproducible: bool = False
+    """Whether another build of the same graphs by the same package gives the same bytes."""
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> EngineInfo:
@@ -57,6 +59,7 @@ class EngineInfo:
             targets=tuple(str(target) for target in raw["targets"]),
             profiles=profiles,
             engines={str(name): str(digest) for name, digest in raw["engines"].items()},
+            reproducible=bool(raw.get("reproducible", False)),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from dspark_export.engine.worker import build_apart
 from dspark_export.errors import ExportError
 from dspark_export.publish import Progress, file_digests, file_sizes, published
 from dspark_export.tensorrt_graphs import CONTEXT_GRAPH, DRAFT_GRAPH, RUNTIME, VERIFIER_GRAPH
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,13 @@ def export_engine(
         parse_targets(options.target, builder, artifact.dtype), options.workspace, options.timing_cache
     )
     plans = _plans(artifact, _workload(options.profiles, artifact), info.padding)
-    built = []
+    built, fixed = [], True
     with published(options.out) as work:
         for plan in plans:
             begin = time.perf_counter()
             label = f"build {plan.engine}"
             progress(label, 0.0)
-            build_apart(
+            fixed &= build_apart(
                 builder, options.stage / plan.graph, plan.profiles, settings,
                 work / plan.engine, partial(progress, label),
             )  # fmt: skip
@@ -112,6 +115,11 @@ def export_engine(
         for name in artifact.files:
             if not name.endswith((".onnx", ".onnx.data")):
                 shutil.copy2(options.stage / name, work / name)
+        if not fixed:
+            logger.warning(
+                "this system does not let a process do without address randomisation (personality(2); a container's "
+                "seccomp profile?): another build of these engines may differ in some bytes"
+            )
         digests = file_digests(work)
         made = replace(
             info,
@@ -121,6 +129,7 @@ def export_engine(
             targets=settings.targets,
             profiles=tuple(_info(plan.engine, profile) for plan in plans for profile in plan.profiles),
             engines={plan.engine: digests[plan.engine] for plan in plans},
+            reproducible=fixed and builder.crosses,
         )
         artifact = replace(
             artifact,

@@ -1,9 +1,10 @@
-"""Builds one engine in a process of its own, so that the same graph gives (nearly) the same bytes.
+"""Builds one engine in a process of its own, so that the same graph gives the same bytes.
 
-The builder orders some of its tables by the addresses of their entries. A fresh process with one heap, on one core and
-without address randomisation (where the system allows that) allocates nearly alike each time: a handful of bytes of
-large engines may still differ between builds, small ones do not. So the job comes through stdin,
-with paths relative to the graph's folder, and the engine's own path is read after the build.
+The builder orders some of its tables by the addresses of their entries, and works in several threads. So the process
+has no address randomisation, where the system allows that; one core, on which a waking thread does not interrupt
+another; a heap for every thread, so that the addresses in one do not depend on how far the others are; and a
+limit for allocations outside of them that stays what it is. The job comes through stdin, with paths relative to the
+graph's folder, and the engine's own path is read after the build.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from dspark_backend.stages.engine_contract import Profile, Range
 from dspark_export.engine.builder import Builder, BuildSettings, build_engine
 from dspark_export.errors import ExportError
 
-_NO_RANDOMISATION = 0x0040000
+_ASK, _NO_RANDOMISATION = 0xFFFFFFFF, 0x0040000
+"""Flags of personality(2)."""
+_HEAPS = {"MALLOC_ARENA_MAX": "64", "MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
 _KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HOME")
 
 
@@ -35,8 +38,12 @@ def build_apart(
     settings: BuildSettings,
     engine: Path,
     progress: Callable[[float], None],
-) -> None:
-    """As :func:`build_engine`, into the file ``engine``. Raises ExportError as it does, or where the process dies."""
+) -> bool:
+    """As :func:`build_engine`, into the file ``engine``. Returns whether the process had no address randomisation.
+
+    Raises:
+        ExportError: as ``build_engine`` does, or where the process dies.
+    """
     job = {
         "package": builder.package,
         "graph": graph.name,
@@ -46,7 +53,7 @@ def build_apart(
         "timing_cache": str(settings.timing_cache.resolve()) if settings.timing_cache else None,
     }
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
-    environment |= {"MALLOC_ARENA_MAX": "1", "PYTHONHASHSEED": "0"}
+    environment |= _HEAPS | {"PYTHONHASHSEED": "0"}
     with (
         tempfile.TemporaryFile("w+") as complaints,
         subprocess.Popen(
@@ -56,7 +63,7 @@ def build_apart(
         ) as process,
     ):  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
-        failure = None
+        failure, fixed = None, False
         with suppress(BrokenPipeError):
             process.stdin.write(f"{json.dumps(job)}\n{engine.resolve()}\n")
             process.stdin.close()
@@ -66,6 +73,8 @@ def build_apart(
                 progress(float(text))
             elif kind == "error":
                 failure = json.loads(text)
+            elif kind == "addresses":
+                fixed = text == "fixed"
         code = process.wait()
         if failure is None and code:
             complaints.seek(0)
@@ -73,10 +82,12 @@ def build_apart(
             failure = f"{graph}: the build stopped with exit code {code}: {last}"
     if failure is not None:
         raise ExportError(failure)
+    return fixed
 
 
 def main() -> None:
     """The process: a job on stdin, progress and errors on stdout."""
+    sys.stdout.write(f"addresses {'random' if _randomised() else 'fixed'}\n")
     job = json.loads(sys.stdin.readline())
     profiles = [
         Profile(one["name"], {symbol: Range(**sizes) for symbol, sizes in one["ranges"].items()})
@@ -101,11 +112,20 @@ def main() -> None:
 def _settle() -> bool:
     """One core, no address randomisation. Says whether the latter begins with another start of the process."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    call = ctypes.CDLL(None).personality
-    before = int(call(ctypes.c_ulong(0xFFFFFFFF)))
-    if before < 0 or before & _NO_RANDOMISATION:
-        return False
-    return int(call(ctypes.c_ulong(before | _NO_RANDOMISATION))) >= 0
+    with suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    flags = max(_personality(_ASK), 0)
+    return _randomised() and _personality(flags | _NO_RANDOMISATION) >= 0
+
+
+def _randomised() -> bool:
+    flags = _personality(_ASK)
+    return flags < 0 or not flags & _NO_RANDOMISATION
+
+
+def _personality(flags: int) -> int:
+    """The process's flags before the call, or -1, where a container's rules forbid to set these."""
+    return int(ctypes.CDLL(None).personality(ctypes.c_ulong(flags)))
 
 
 if __name__ == "__main__":
