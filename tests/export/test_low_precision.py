@@ -18,7 +18,15 @@ from artifacts import GOLDEN, golden_arrays, golden_taps, silent
 from drafters import changed_checkpoint, golden_rounds
 from onnx import numpy_helper
 from safetensors.numpy import load_file
-from standard_graphs import Caches, ReferenceSession, draft, drafter_graphs, drafter_tensors, fp8_scales, verify
+from standard_graphs import (
+    Caches,
+    ReferenceSession,
+    draft,
+    drafter_graphs,
+    drafter_tensors,
+    fp8_scales,
+    verify,
+)
 
 from dspark_backend.stages.artifact import load_verifier_artifact
 from dspark_backend.stages.engine_contract import COMPUTE_DTYPES

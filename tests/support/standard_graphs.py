@@ -29,6 +29,7 @@ def open_graph(model, directory, name):
     save_graph(model, directory, name)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    options.log_severity_level = 3  # that caches are copied
     return ort.InferenceSession(str(directory / name), options, providers=["CPUExecutionProvider"])
 
 
