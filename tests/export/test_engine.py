@@ -18,7 +18,7 @@ import onnx
 import pytest
 from artifacts import GOLDEN, golden_taps, silent
 from onnx import TensorProto, helper
-from standard_graphs import drafter_graphs, drafter_tensors, fp8_scales, verifier_graph
+from standard_graphs import CAPACITY, drafter_graphs, drafter_tensors, fp8_scales, verifier_graph
 from typer.testing import CliRunner
 
 from dspark_backend.errors import ArtifactError, ConfigError
@@ -31,7 +31,10 @@ from dspark_export.drafter import DrafterExport, export_drafter
 from dspark_export.engine.builder import Builder, BuildSettings, build_engine, find_builder, parse_targets
 from dspark_export.engine.stage import EngineExport, export_engine
 from dspark_export.errors import ExportError
+from dspark_export.families import describe
+from dspark_export.graph.standard_form import StandardForm
 from dspark_export.graph.tape import save_graph
+from dspark_export.graph.verifier import VerifierGraph
 from dspark_export.verifier import VerifierExport, export_verifier
 from dspark_export.weights.safetensors_folder import SafetensorsFolder
 
@@ -68,7 +71,11 @@ def forms_but(covered):
 
 @forms_but("bfloat16")
 def test_the_verifier_builds(tmp_path, form, compute, products, targets):
-    model = verifier_graph(NAME, compute, products=products, input_scales=scales_of(form, "target"))
+    weights = SafetensorsFolder(GOLDEN / NAME / "target")
+    # Two layers show what six would.
+    short = {"num_hidden_layers": 2, "layer_types": weights.config["layer_types"][:2]}
+    standard = StandardForm(CAPACITY, products, scales_of(form, "target"))
+    model = VerifierGraph(describe(weights.config | short), weights, (0,), 128, compute, standard=standard).build()
     types = {str(value.dtype) for value in model.graph.initializers.values()}
     assert ("FLOAT8E4M3FN" in types) == (form == "fp8") and ("INT4" in types) == (form == "int4")
     assert len(build(model, tmp_path, SMALL.verifier_profiles(), targets)) > 100_000
@@ -220,6 +227,7 @@ def test_targets_fit_the_precision():
         with pytest.raises(ExportError, match=f"{precision} needs a GPU from SM80 on, got sm75; .* --dtype float16$"):
             parse_targets("sm86,sm75", builder, precision)
     assert parse_targets("sm75", builder, "float16") == ("sm75",)
+    assert parse_targets("", builder, "float16")[:2] == ("sm75", "sm80")
     assert parse_targets("", builder, "bfloat16")[:3] == ("sm80", "sm86", "sm89")
     assert parse_targets("", builder, "fp8")[0] == "sm89"
 

@@ -14,8 +14,6 @@ from dspark_export.errors import ExportError
 from dspark_export.gpus import check_capability, first_capability
 
 PACKAGES = ("tensorrt", "tensorrt_rtx")
-_EARLIEST_DEFAULT = 80
-"""Engines for SM75 are built by themselves, where ``--target`` asks for them."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def parse_targets(text: str, builder: Builder, precision: str) -> tuple[str, ...
         name.lower(): int(name[2:]) for name in dir(builder.module.ComputeCapability) if name.startswith("SM")
     }  # fmt: skip
     if not text:
-        least = max(first_capability(precision), _EARLIEST_DEFAULT)
+        least = first_capability(precision)
         return tuple(sorted((name for name in known if known[name] >= least), key=known.__getitem__))
     targets = tuple(part.strip().lower() for part in text.split(","))
     for target in targets:

@@ -1,15 +1,14 @@
 """Builds one engine in a process of its own, so that the same graph gives the same bytes.
 
 The builder orders some of its tables by the addresses of their entries, and works in several threads. So the process
-has no address randomisation, where the system allows that; one core, on which a waking thread does not interrupt
-another; a heap for every thread, so that the addresses in one do not depend on how far the others are; and a
-limit for allocations outside of them that stays what it is. The job comes through stdin, with paths relative to the
-graph's folder, and the engine's own path is read after the build.
+is a :mod:`dspark_export.engine.settled` one, with a heap for every thread, so that the addresses in one do not depend
+on how far the others are, and a limit for allocations outside of them that stays what it is. The build has such a
+thread too: what Python did before (it compiles modules once, say) is in another heap. The job comes through stdin,
+with paths relative to the graph's folder, and the engine's own path is read after the build.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
@@ -17,16 +16,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 from dspark_backend.stages.engine_contract import Profile, Range
+from dspark_export.engine import settled
 from dspark_export.engine.builder import Builder, BuildSettings, build_engine
 from dspark_export.errors import ExportError
 
-_ASK, _NO_RANDOMISATION = 0xFFFFFFFF, 0x0040000
-"""Flags of personality(2)."""
 _HEAPS = {"MALLOC_ARENA_MAX": "64", "MALLOC_MMAP_THRESHOLD_": str(128 * 2**10)}
 _KEPT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "HOME")
 
@@ -57,7 +56,7 @@ def build_apart(
     with (
         tempfile.TemporaryFile("w+") as complaints,
         subprocess.Popen(
-            [sys.executable, "-m", __spec__.name],
+            [sys.executable, "-m", settled.__name__, __spec__.name],
             cwd=graph.parent, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints,
         ) as process,
@@ -87,7 +86,7 @@ def build_apart(
 
 def main() -> None:
     """The process: a job on stdin, progress and errors on stdout."""
-    sys.stdout.write(f"addresses {'random' if _randomised() else 'fixed'}\n")
+    sys.stdout.write(f"addresses {'random' if settled.randomised() else 'fixed'}\n")
     job = json.loads(sys.stdin.readline())
     profiles = [
         Profile(one["name"], {symbol: Range(**sizes) for symbol, sizes in one["ranges"].items()})
@@ -102,33 +101,13 @@ def main() -> None:
         sys.stdout.flush()
 
     try:
-        data = build_engine(builder, Path(job["graph"]), profiles, settings, progress)
+        with ThreadPoolExecutor(1) as pool:
+            data = pool.submit(build_engine, builder, Path(job["graph"]), profiles, settings, progress).result()
     except ExportError as error:
         sys.stdout.write(f"error {json.dumps(str(error))}\n")
         sys.exit(1)
     Path(sys.stdin.readline().strip()).write_bytes(data)
 
 
-def _settle() -> bool:
-    """One core, no address randomisation. Says whether the latter begins with another start of the process."""
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    with suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    flags = max(_personality(_ASK), 0)
-    return _randomised() and _personality(flags | _NO_RANDOMISATION) >= 0
-
-
-def _randomised() -> bool:
-    flags = _personality(_ASK)
-    return flags < 0 or not flags & _NO_RANDOMISATION
-
-
-def _personality(flags: int) -> int:
-    """The process's flags before the call, or -1, where a container's rules forbid to set these."""
-    return int(ctypes.CDLL(None).personality(ctypes.c_ulong(flags)))
-
-
 if __name__ == "__main__":
-    if _settle():
-        os.execv(sys.executable, [sys.executable, "-m", __spec__.name])
     main()
