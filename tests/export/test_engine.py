@@ -124,10 +124,13 @@ def test_a_drafters_stage_builds_whole_and_twice_the_same(stages, tmp_path):
         options = EngineExport(stages / "d", tmp_path / name, "slots=1,prefill_chunk=8", "fp8", 1 << 30, None, "sm89")
         artifact, built = export_engine(options, lambda what, done: seen.append((what, done)))
     info = load_drafter_artifact(tmp_path / "two").engine
-    assert info == artifact.engine and info.reproducible
+    assert info == artifact.engine
     assert info.builder == "tensorrt_rtx" and info.version == trt.__version__ and info.precision == "fp8"
     assert info.targets == ("sm89",) and [one.name for one in info.profiles] == ["draft", "draft_prompt", "context"]
-    assert load_drafter_artifact(tmp_path / "one").engine == info
+    one = load_drafter_artifact(tmp_path / "one")
+    assert one.files == load_drafter_artifact(tmp_path / "two").files
+    # Where the system allows what that takes: the right to SCHED_FIFO, above all.
+    assert one.engine == info or not info.reproducible
     for one in built:
         data = (tmp_path / "two" / one.file).read_bytes()
         assert len(data) == one.size and hashlib.sha256(data).hexdigest() == info.engines[one.file]
@@ -165,7 +168,7 @@ def test_a_verifiers_stage_builds_whole_with_all_its_profiles(stages, tmp_path):
     assert done.returncode == 0, done.stderr
     sys.stdout.write(done.stderr)
     assert re.search(r"verifier\.engine: \d+\.\d MiB, \d+\.\d s", done.stderr)
-    assert "another build of these engines may differ" in " ".join(done.stderr.split())
+    assert "without address randomisation" in " ".join(done.stderr.split())
     artifact = load_verifier_artifact(tmp_path / "o")
     assert artifact.engine.targets == BOTH and artifact.engine.engines.keys() == {VERIFIER_ENGINE}
     assert not artifact.engine.reproducible

@@ -27,9 +27,9 @@ POSITIONS = WORK.max_context + WORK.block_size
 
 
 def build(directory, profiles, targets):
-    """Size and digest of the engine of ``graph.onnx``, which is not kept."""
+    """Size and digest of the engine of ``graph.onnx``, which is not kept. No digest where builds may differ."""
     begin, engine = time.perf_counter(), directory / "engine"
-    build_apart(
+    missing = build_apart(
         Builder("tensorrt_rtx", trt), directory / "graph.onnx", profiles, BuildSettings(targets), engine, lambda _: None
     )
     size = engine.stat().st_size
@@ -37,7 +37,7 @@ def build(directory, profiles, targets):
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     engine.unlink()
     sys.stdout.write(f"{', '.join(targets)}: {time.perf_counter() - begin:.1f} s, {size / 2**20:.1f} MiB\n")
-    return size, digest
+    return size, "" if missing else digest
 
 
 def save_verifier(directory, products):

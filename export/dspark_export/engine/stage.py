@@ -100,13 +100,14 @@ def export_engine(
         parse_targets(options.target, builder, artifact.dtype), options.workspace, options.timing_cache
     )
     plans = _plans(artifact, _workload(options.profiles, artifact), info.padding)
-    built, fixed = [], True
+    built: list[BuiltEngine] = []
+    denied: tuple[str, ...] = ()
     with published(options.out) as work:
         for plan in plans:
             begin = time.perf_counter()
             label = f"build {plan.engine}"
             progress(label, 0.0)
-            fixed &= build_apart(
+            denied = build_apart(
                 builder, options.stage / plan.graph, plan.profiles, settings,
                 work / plan.engine, partial(progress, label),
             )  # fmt: skip
@@ -115,10 +116,10 @@ def export_engine(
         for name in artifact.files:
             if not name.endswith((".onnx", ".onnx.data")):
                 shutil.copy2(options.stage / name, work / name)
-        if not fixed:
+        if denied and builder.crosses:
             logger.warning(
-                "this system does not let a process do without address randomisation (personality(2); a container's "
-                "seccomp profile?): another build of these engines may differ in some bytes"
+                "this system lets no process run %s: another build of these engines may differ in some bytes",
+                " or ".join(denied),
             )
         digests = file_digests(work)
         made = replace(
@@ -129,7 +130,7 @@ def export_engine(
             targets=settings.targets,
             profiles=tuple(_info(plan.engine, profile) for plan in plans for profile in plan.profiles),
             engines={plan.engine: digests[plan.engine] for plan in plans},
-            reproducible=fixed and builder.crosses,
+            reproducible=builder.crosses and not denied,
         )
         artifact = replace(
             artifact,

@@ -37,8 +37,8 @@ def build_apart(
     settings: BuildSettings,
     engine: Path,
     progress: Callable[[float], None],
-) -> bool:
-    """As :func:`build_engine`, into the file ``engine``. Returns whether the process had no address randomisation.
+) -> tuple[str, ...]:
+    """As :func:`build_engine`, into the file ``engine``. Returns what the system denied of what makes builds the same.
 
     Raises:
         ExportError: as ``build_engine`` does, or where the process dies.
@@ -62,7 +62,7 @@ def build_apart(
         ) as process,
     ):  # fmt: skip
         assert process.stdin is not None and process.stdout is not None
-        failure, fixed = None, False
+        failure, missing = None, ()
         with suppress(BrokenPipeError):
             process.stdin.write(f"{json.dumps(job)}\n{engine.resolve()}\n")
             process.stdin.close()
@@ -72,8 +72,8 @@ def build_apart(
                 progress(float(text))
             elif kind == "error":
                 failure = json.loads(text)
-            elif kind == "addresses":
-                fixed = text == "fixed"
+            elif kind == "missing":
+                missing = tuple(json.loads(text))
         code = process.wait()
         if failure is None and code:
             complaints.seek(0)
@@ -81,12 +81,12 @@ def build_apart(
             failure = f"{graph}: the build stopped with exit code {code}: {last}"
     if failure is not None:
         raise ExportError(failure)
-    return fixed
+    return missing
 
 
 def main() -> None:
     """The process: a job on stdin, progress and errors on stdout."""
-    sys.stdout.write(f"addresses {'random' if settled.randomised() else 'fixed'}\n")
+    sys.stdout.write(f"missing {json.dumps(settled.missing())}\n")
     job = json.loads(sys.stdin.readline())
     profiles = [
         Profile(one["name"], {symbol: Range(**sizes) for symbol, sizes in one["ranges"].items()})
