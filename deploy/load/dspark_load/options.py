@@ -38,7 +38,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ttft-limit", type=float, default=1000.0, metavar="MS", help="SLO; default 1000")
     parser.add_argument("--itl-limit", type=float, default=50.0, metavar="MS", help="SLO; default 50")
     parser.add_argument("--threads", type=int, default=0, help="of the started server's runtime; 0 is one a core")
-    parser.add_argument("--profile-seconds", type=float, default=20.0, help="for its step times at the first start")
+    parser.add_argument("--profile-seconds", type=float, default=90.0, help="for its step times at the first start")
     parser.add_argument("--seed", type=int, default=0, help="of the order of prompts")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one run of the tool")
     parser.add_argument("--perf-analyzer", type=Path, help="binary; default: the one on PATH, else fetched")
