@@ -141,6 +141,13 @@ class CostModel:
             if len(set(places)) != len(places):
                 raise ArtifactError(f"cost model: expected one {name} curve a (num_requests, capacity), got {places}")
 
+        for curve in self.uneven:
+            if curve.num_requests < 2 or len(curve.tokens_each) != 1 or curve.tokens_each[0] < 2:
+                raise ArtifactError(
+                    "cost model: expected uneven steps of two requests or more, one time each, the widest with two "
+                    f"tokens or more, got {curve}"
+                )
+
     @cached_property
     def _verify_surface(self) -> _Surface:
         return _Surface(self.verify)
@@ -159,7 +166,9 @@ class CostModel:
         for one in self.uneven:
             count, (widest,), (seconds,) = one.num_requests, one.tokens_each, one.seconds
             mean = (count - 1 + widest) / count
-            even = float(self._verify_surface.at(count, np.array([mean]), one.capacity)[0])
+            # Wider for one cannot take longer than as wide for all: what does was measured in a bad moment.
+            even, wide = self._verify_surface.at(count, np.array([mean, widest]), one.capacity).tolist()
+            seconds = min(seconds, wide)
             curves.append(StepCurve(count, one.capacity, (1,), (max((seconds - even) / (widest - mean), _NOTHING),)))
         return _Surface(curves)
 

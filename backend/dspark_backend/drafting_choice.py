@@ -58,7 +58,8 @@ class DraftingChoice:
         adaptive = [row for row in able if running[row].prepared.policy.adaptive]
         if not adaptive:
             return Chosen(able, self._block_size)
-        gainful = self._gainful(running, adaptive, limits, capacity, prior)
+        static = [int(limits[row]) for row in able if not running[row].prepared.policy.adaptive]
+        gainful = self._gainful(running, adaptive, limits, capacity, prior, max(static, default=0))
         rows, depth = set(gainful.rows), gainful.depth
         idle = {row: running[row].draft.idle_rounds for row in adaptive if row not in rows}
         if any(rounds >= _PROBE_EVERY for rounds in idle.values()):
@@ -74,21 +75,25 @@ class DraftingChoice:
         limits: IntArray,
         capacity: int,
         prior: Survival | None,
+        floor: int,
     ) -> Chosen:
         """The averages that decide move slowly: an answer holds for a few rounds of the same sequences."""
-        numbers = [running[row].number for row in adaptive]
-        if self._decided is None or self._decided.spent or self._decided.numbers != numbers:
+        key = (len(running), capacity, *(running[row].number for row in adaptive))
+        if self._decided is None or self._decided.spent or self._decided.key != key:
             if prior is None:
                 return Chosen(adaptive, self._block_size)  # nothing is known yet: find out
             curves = [running[row].draft.expected for row in adaptive]
             expected = np.array([prior**_HOPE if curve is None else curve for curve in curves])
-            found = most_gainful(expected, limits[adaptive], len(running), capacity, self._cost)
-            self._decided = _Decision(numbers, Chosen([adaptive[place] for place in found.rows], found.depth))
+            found = most_gainful(expected, limits[adaptive], len(running), capacity, self._cost, floor)
+            self._decided = _Decision(key, found)
         self._decided.rounds += 1
-        return self._decided.chosen
+        # Rows of the batch are others when a sequence of another policy has come or gone: places among these are not.
+        return Chosen([adaptive[place] for place in self._decided.chosen.rows], self._decided.chosen.depth)
 
 
-def most_gainful(survival: Survival, limits: IntArray, count: int, capacity: int, cost: RoundCost) -> Chosen:
+def most_gainful(
+    survival: Survival, limits: IntArray, count: int, capacity: int, cost: RoundCost, floor: int = 0
+) -> Chosen:
     """Rows of ``survival`` [n, g] that should draft, and how deep, for the most tokens a second; none where drafting
     lowers them.
 
@@ -98,21 +103,26 @@ def most_gainful(survival: Survival, limits: IntArray, count: int, capacity: int
     Args:
         limits: [n], most drafts worth verifying for each.
         count: requests of the batch, n or more.
+        floor: how deep others of the batch go anyway.
     """
     size, block = survival.shape
     # What was learned in earlier rounds cannot leak a token of this one: a free search is allowed here.
     within = np.where(np.arange(block) < limits[:, None], survival, 0.0)
-    order = np.argsort(-within.sum(axis=1), kind="stable")
-    within = within[order]
-    best, chosen = _MARGIN * count / float(cost.round_seconds(count, 0, 0, capacity, 0)[0]), Chosen([], 0)
+    best, chosen = _MARGIN * count / float(cost.round_seconds(count, 0, 0, capacity, floor)[0]), Chosen([], 0)
     depths = sorted({*range(1, min(block, 4)), block}) if cost.place_costs(count, capacity) else [block]
-    for tried in range(1, size + 1) if size <= 4 else sorted({-(-size * part // 4) for part in range(1, 5)}):
-        for depth in depths:
-            ranked = -np.sort(-within[:tried, :depth], axis=None)
-            seconds = cost.round_seconds(count, tried, tried * depth, capacity, depth)[1:]
+    sizes = range(1, size + 1) if size <= 4 else sorted({-(-size * part // 4) for part in range(1, 5)})
+    for depth in depths:
+        order = np.argsort(-within[:, :depth].sum(axis=1), kind="stable")
+        for tried in sizes:
+            rows = order[:tried]
+            most = int(np.minimum(limits[rows], depth).sum())
+            if not most:
+                continue
+            ranked = -np.sort(-within[rows, :depth], axis=None)[:most]
+            seconds = cost.round_seconds(count, tried, most, capacity, max(depth, floor))[1:]
             throughput = float(((count + np.cumsum(ranked)) / seconds).max())
             if throughput > best:
-                best, chosen = throughput, Chosen(sorted(order[:tried].tolist()), depth)
+                best, chosen = throughput, Chosen(sorted(rows.tolist()), depth)
     return chosen
 
 
@@ -120,8 +130,10 @@ def most_gainful(survival: Survival, limits: IntArray, count: int, capacity: int
 class _Decision:
     """Which of some sequences should draft."""
 
-    numbers: list[int]
+    key: tuple[int, ...]
+    """Requests of the batch, capacity, and the numbers of the sequences."""
     chosen: Chosen
+    """Rows are places among the sequences."""
     rounds: int = 0
     """How long it was relied on."""
 

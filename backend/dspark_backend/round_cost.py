@@ -77,6 +77,8 @@ class RoundCost:
         if curve is None:
             counts = num_requests + np.arange(self._block_size * num_requests + 1)
             curve = self._model.verify_seconds(num_requests, counts, capacity, widest=depth + 1)
+            # Where a place costs more than a token the line would fall, and drafts would be given away.
+            curve = np.maximum.accumulate(curve)
             if len(self._curves) == self._MOST_KEPT:
                 self._curves.clear()
             self._curves[key] = curve

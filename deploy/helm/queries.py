@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -112,17 +113,27 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20.0, help="of scraping before the queries are asked")
     parser.add_argument("--port", type=int, default=9497, help="for Prometheus")
     given = parser.parse_args()
-    wrong = 0
-    with prometheus(given.metrics, given.port) as server:
-        time.sleep(given.seconds)
-        for query in queries():
+    try:
+        return check(given.metrics, given.port, given.seconds)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}; expected helm and prometheus on PATH, and port {given.port} free", file=sys.stderr)
+        return 1
+
+
+def check(metrics: str, port: int, seconds: float) -> int:
+    """Ask all queries; 1 where one has no good answer."""
+    asked, wrong = list(queries()), 0
+    with prometheus(metrics, port) as server:
+        time.sleep(seconds)
+        for query in asked:
             try:
                 values = ask(server, query.expression)
             except ValueError as error:
                 said, fine = f"refused: {error}", False
             else:
                 none = "does not fire" if query.alert else "no value"
-                said, fine = ", ".join(f"{value:.4g}" for value in values) or none, bool(values) or query.alert
+                said = ", ".join(f"{value:.4g}" for value in values) or none
+                fine = query.alert or any(not math.isnan(value) for value in values)
             wrong += not fine
             print(f"{'ok   ' if fine else 'WRONG'} {query.place}: {said}")
     return 1 if wrong else 0

@@ -150,6 +150,13 @@ def _changed(**changes: object) -> str:
     return json.dumps(raw)
 
 
+def _uneven(**changes: object) -> str:
+    steps = tuple(StepCurve(count, 128, (1, 2), (0.1, 0.2)) for count in (1, 4))
+    raw = json.loads(CostModel(steps, uneven=(StepCurve(4, 128, (2,), (0.15,)),)).to_json())
+    raw["uneven"][0] |= changes
+    return json.dumps(raw)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -160,6 +167,9 @@ def _changed(**changes: object) -> str:
         ('{"format_version": 2, "verify": [], "draft": [], "uneven": []}', "at least one verify curve"),
         ('{"format_version": 2, "verify": 3, "draft": [], "uneven": []}', "list of curves"),
         ('{"format_version": 2, "verify": [{}], "draft": [], "uneven": []}', "expected curves with"),
+        (_uneven(num_requests=1), "two requests or more"),
+        (_uneven(tokens_each=[1]), "two requests or more"),
+        (_uneven(tokens_each=[2, 5], seconds=[0.1, 0.2]), "two requests or more"),
         (_changed(seconds=[0.1]), "a time for each"),
         (_changed(seconds=[0.1, 0.0]), "positive seconds"),
         (_changed(seconds=[0.1, math.inf]), "positive seconds"),

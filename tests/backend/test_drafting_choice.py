@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dspark_backend.cost import CostModel, StepCurve
-from dspark_backend.drafting_choice import Chosen, most_gainful
+from dspark_backend.draft_state import DraftState
+from dspark_backend.drafting_choice import Chosen, DraftingChoice, most_gainful
 from dspark_backend.round_cost import RoundCost
+from dspark_backend.scheduling import parse_policy
 
 BLOCK = 4
 GOOD, BAD = np.array([0.95, 0.9, 0.85, 0.8]), np.array([0.3, 0.1, 0.03, 0.01])
@@ -69,21 +75,27 @@ def test_an_answer_about_to_end_gains_little():
     st.floats(1e-3, 0.6),
     st.floats(1e-3, 0.6),
     st.sampled_from([0.0, 0.01, 0.1]),
+    st.lists(st.integers(0, BLOCK), min_size=12, max_size=12),
 )
-def test_the_choice_is_never_worse_than_all_or_none(rows, token, draft, place):
+def test_the_choice_is_never_worse_than_all_or_none(rows, token, draft, place, room):
     survival = np.minimum.accumulate(np.array(rows), axis=1)
     count = len(survival)
+    most = np.array(room[:count])
     times = cost(token, draft, place)
 
     def expected(chosen: Chosen) -> float:
         """Tokens a second of the best number of drafts, by trying them all."""
         if not chosen.rows:
             return count / float(times.round_seconds(count, 0, 0, 128, 0)[0])
-        drafts = sorted(survival[chosen.rows, : chosen.depth].ravel().tolist(), reverse=True)
+        drafts = sorted(
+            (chance for row in chosen.rows for chance in survival[row, : min(chosen.depth, most[row])]), reverse=True
+        )
+        if not drafts:
+            return 0.0
         seconds = times.round_seconds(count, len(chosen.rows), len(drafts), 128, chosen.depth)
         return max((count + sum(drafts[:k])) / seconds[k] for k in range(1, len(drafts) + 1))
 
-    chosen = most_gainful(survival, limits(count), count, 128, times)
+    chosen = most_gainful(survival, most, count, 128, times)
     assert chosen.rows == sorted(set(chosen.rows))
     everybody = list(range(count))
     alternatives = [Chosen([], 0), Chosen(everybody, BLOCK)]
@@ -100,3 +112,67 @@ def test_the_choice_is_never_worse_than_all_or_none(rows, token, draft, place):
 def test_equal_ones_go_by_row(count):
     rows = most_gainful(np.tile(GOOD, (count, 1)), limits(count), count, 128, cost(0.1, 0.1)).rows
     assert rows == list(range(len(rows)))
+
+
+@dataclass(eq=False)
+class Running:
+    """Of a running sequence, what a choice reads."""
+
+    number: int
+    policy: str
+    survival: np.ndarray | None = None
+    idle: int = 0
+    prepared: Any = field(init=False)
+    draft: DraftState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prepared = SimpleNamespace(policy=parse_policy(self.policy))
+        self.draft = DraftState(expected=self.survival, idle_rounds=self.idle)
+
+
+def choose(choice, running, room=None, prior=BAD):
+    room = [0 if one.policy == "off" else BLOCK for one in running] if room is None else room
+    return choice.choose(running, np.array(room), 128, prior)
+
+
+def test_a_choice_holds_while_others_come_and_go():
+    off, bad, good = Running(1, "off"), Running(2, "causal", BAD), Running(3, "causal", GOOD)
+    choice = DraftingChoice(cost(0.1, 0.05), BLOCK)
+    assert choose(choice, [off, bad, good]).rows == [2]
+    # The one in front has ended: the rows are others, the sequences are the same.
+    assert choose(choice, [bad, good]).rows == [1]
+    assert choose(choice, [off, good, bad]).rows == [1]
+    assert choose(choice, [good, off, bad]).rows == [0]
+
+
+def test_static_policies_draft_always_and_all_before_anything_is_known():
+    fixed, bad = Running(1, "fixed:2"), Running(2, "lagged", BAD)
+    choice = DraftingChoice(cost(0.5, 0.5), BLOCK)
+    assert choose(choice, [fixed, bad]).rows == [0]
+    assert choose(choice, [bad], prior=None) == Chosen([0], BLOCK)
+    assert choose(choice, [fixed], room=[0]).rows == []
+
+
+def test_new_ones_are_tried_where_good_ones_would_pay():
+    middling, new = np.array([0.5, 0.3, 0.2, 0.1]), Running(1, "causal")
+    known = Running(2, "causal", middling)
+    times = cost(0.1, 0.6)
+    assert choose(DraftingChoice(times, BLOCK), [known], prior=middling).rows == []
+    assert choose(DraftingChoice(times, BLOCK), [new], prior=middling).rows == [0]
+    assert choose(DraftingChoice(cost(0.5, 0.5), BLOCK), [new], prior=middling).rows == []
+
+
+def test_who_rested_long_looks_again_along_with_those_that_rested_half_as_long():
+    rested = [Running(n, "causal", BAD, idle) for n, idle in enumerate((48, 30, 10))]
+    assert choose(DraftingChoice(cost(0.5, 0.5), BLOCK), rested) == Chosen([0, 1], BLOCK)
+    assert choose(DraftingChoice(cost(0.5, 0.5), BLOCK), rested[1:]).rows == []
+    # Where depth costs all of them, one draft each is enough to learn from.
+    assert choose(DraftingChoice(cost(0.5, 0.5, place=0.05), BLOCK), rested) == Chosen([0, 1], 1)
+
+
+def test_depth_that_others_need_anyway_is_not_paid_twice():
+    rows = np.tile(GOOD, (3, 1))
+    times = cost(0.03, 0.002, place=0.3)
+    alone = most_gainful(rows[:1], limits(1), 8, 128, times)
+    beside = most_gainful(rows[:1], limits(1), 8, 128, times, floor=BLOCK)
+    assert alone.rows == [] and beside == Chosen([0], BLOCK)

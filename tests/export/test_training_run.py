@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from artifacts import GOLDEN
 from safetensors.numpy import load_file
 from speculation import SpeculatingDriver
 from training import differences, learned_differences, state_of, tiny_target, train
@@ -213,6 +214,10 @@ def test_a_written_drafter_can_be_trained_further(target, straight, tmp_path):
         train(target.settings(tmp_path / "block", init_from=straight, block_size=3), steps=1)
     with pytest.raises(ExportError, match="expected layers like the target's"):
         train(target.settings(tmp_path / "layers", init_from=straight, layers=2), steps=1)
+    # One of a target with another hidden size.
+    other = GOLDEN / "qwen3_vanilla" / "drafter"
+    with pytest.raises(ExportError, match=f"--init-from {other}: expected"):
+        train(target.settings(tmp_path / "other", init_from=other), steps=1)
 
 
 def test_bigrams_are_a_better_start(tmp_path):

@@ -37,7 +37,7 @@ class EngineInfo:
     engines: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each engine, by its file."""
     reproducible: bool = False
-    """Whether another build of the same graphs by the same package gives the same bytes."""
+    """Built in the way in which another build of the same graphs by the same package is, as a rule, the same bytes."""
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> EngineInfo:

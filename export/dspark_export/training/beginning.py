@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dspark_export.drafter_spec import describe_drafter
 from dspark_export.errors import ExportError
 from dspark_export.torch_drafter import TorchDrafter, load_torch_drafter
 from dspark_export.training.batch import Example
@@ -20,6 +21,7 @@ from dspark_export.training.markov_init import bigram_factors, start_from_bigram
 from dspark_export.training.settings import TrainSettings
 from dspark_export.training.statistics import TokenStatistics, most_frequent
 from dspark_export.weights import WeightSource
+from dspark_export.weights.safetensors_folder import SafetensorsFolder
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +79,19 @@ def continued_drafter(
     Raises:
         ExportError: it is not the drafter that ``config`` describes.
     """
-    drafter = load_torch_drafter(checkpoint, *shared)
-    wanted = spec_of(config)
+    found, wanted = describe_drafter(SafetensorsFolder(checkpoint).config), spec_of(config)
     for field in fields(wanted):
-        theirs, ours = getattr(drafter.spec, field.name), getattr(wanted, field.name)
+        theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
         if theirs != ours and field.name not in ("decoder", "mask_token_id"):
             raise ExportError(
                 f"--init-from {checkpoint}: expected {field.name} {ours}, as the options say, the drafter has {theirs}"
             )
-    if drafter.spec.decoder != wanted.decoder:
+    if found.decoder != wanted.decoder:
         raise ExportError(
             f"--init-from {checkpoint}: expected layers like the target's (sizes, heads, RoPE, --layers "
             f"{wanted.decoder.num_layers}), the drafter's differ"
         )
+    drafter = load_torch_drafter(checkpoint, *shared)
     drafter.feature_scale.copy_(feature_scale)
     drafter.fc.weight.div_(feature_scale)
     return drafter
