@@ -32,7 +32,7 @@ def drafters(golden_artifacts, tmp_path_factory) -> dict[str, Path]:
     graph.write_bytes(graph.read_bytes()[:1000])
     (root / "calibrated").mkdir()
     shutil.copytree(fitting, root / "calibrated", dirs_exist_ok=True)
-    (root / "calibrated" / "calibration.json").write_text(json.dumps({"format_version": 1}))
+    (root / "calibrated" / "calibration.json").write_text(json.dumps({"format_version": 2}))
     return {path.name: path for path in root.iterdir()}
 
 
