@@ -188,7 +188,7 @@ class CostModel:
             raise ValueError(f"expected a token or more for each of at least one request, got {num_requests} requests")
         each = counts / num_requests
         seconds = self._verify_surface.at(num_requests, each, capacity)
-        if widest is None or self._place_surface is None:
+        if widest is None:
             return seconds
         return seconds + self.place_seconds(num_requests, capacity) * np.maximum(widest - each, 0.0)
 

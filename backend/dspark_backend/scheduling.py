@@ -6,6 +6,7 @@ a request is verified may depend on the tokens before it, never on itself or on 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +37,9 @@ class DraftRound:
         return len(self.limits)
 
 
+ANY_DEPTH = sys.maxsize
+
+
 class DepthPolicy(Protocol):
     """Chooses depths, one a request, between 0 and its limit."""
 
@@ -47,6 +51,10 @@ class DepthPolicy(Protocol):
     def adaptive(self) -> bool:
         """True: depths weigh requests against each other, and the drafter rests where it does not pay."""
 
+    @property
+    def deepest(self) -> int:
+        """Most drafts of a request that are ever verified; ``ANY_DEPTH`` where the confidences decide."""
+
     def depths(self, draft_round: DraftRound) -> IntArray:
         """Drafts to verify for each request, int64 [R]."""
 
@@ -57,6 +65,7 @@ class Off:
 
     drafts = False
     adaptive = False
+    deepest = 0
 
     def depths(self, draft_round: DraftRound) -> IntArray:
         return np.zeros(draft_round.num_requests, dtype=np.int64)
@@ -70,6 +79,10 @@ class Fixed:
     drafts = True
     adaptive = False
 
+    @property
+    def deepest(self) -> int:
+        return self.depth
+
     def depths(self, draft_round: DraftRound) -> IntArray:
         return np.minimum(draft_round.limits, min(self.depth, draft_round.survival.shape[1]))
 
@@ -81,6 +94,7 @@ class Threshold:
     level: float
     drafts = True
     adaptive = False
+    deepest = ANY_DEPTH
 
     def depths(self, draft_round: DraftRound) -> IntArray:
         deep = np.cumprod(draft_round.survival >= self.level, axis=1).sum(axis=1)
@@ -97,6 +111,7 @@ class Causal:
 
     drafts = True
     adaptive = True
+    deepest = ANY_DEPTH
 
     def depths(self, draft_round: DraftRound) -> IntArray:
         if draft_round.limits.sum() <= _FEW:
@@ -116,6 +131,7 @@ class Lagged:
 
     drafts = True
     adaptive = True
+    deepest = ANY_DEPTH
 
     def depths(self, draft_round: DraftRound) -> IntArray:
         past = _ranked(_by_place(draft_round.lagged_survival, draft_round.limits))

@@ -22,7 +22,7 @@ from dspark_backend.metrics import EngineMetrics
 from dspark_backend.rng import Purpose
 from dspark_backend.round_cost import RoundCost
 from dspark_backend.round_plan import Block, Round
-from dspark_backend.scheduling import DepthPolicy, DraftRound, Fixed
+from dspark_backend.scheduling import DepthPolicy, DraftRound
 from dspark_backend.sequence import SequenceState
 from dspark_backend.stages.batch import IntArray
 from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput, DraftSampling
@@ -142,10 +142,7 @@ class Speculator:
             prepared = sequence.prepared
             most = prepared.max_tokens - sequence.context.output_length - 1
             cap = prepared.request.max_draft_tokens
-            if not prepared.policy.drafts:
-                most = 0
-            elif isinstance(prepared.policy, Fixed):
-                most = min(most, prepared.policy.depth)
+            most = min(most, prepared.policy.deepest)
             limits.append(max(0, min(most, self.block_size, self.block_size if cap is None else cap)))
         return np.array(limits, dtype=np.int64)
 

@@ -55,9 +55,7 @@ class Pair:
 
 
 @contextmanager
-def serve(
-    pair: Pair, folder: Path, streams: int, threads: int = 0, profile_seconds: float = 20.0
-) -> Iterator[TritonServer]:
+def serve(pair: Pair, folder: Path, streams: int, threads: int, profile_seconds: float) -> Iterator[TritonServer]:
     """Start a server and wait until it can infer; stop it at the end.
 
     Every policy gets the same prompts, so prefix reuse is off: it would answer the later ones from its cache.
