@@ -188,16 +188,18 @@ def test_a_grid_keeps_to_memory_and_context(verifier: WatchedStage, drafter: Wat
 
 
 def test_coarser_grids_shrink_and_keep_the_ends() -> None:
-    levels = tuple(Level(capacity, (1, 2, 4, 8, 16)) for capacity in (128, 512, 2048))
+    levels = tuple(Level(capacity, (1, 2, 4, 8, 16, 32, 64)) for capacity in (128, 512, 2048))
     grids = list(Grid(levels, (1, 2, 3, 5, 8)).coarser())
     sizes = [grid.estimate_seconds(0.01, 0.1, 0.01) for grid in grids]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == len(sizes)
     for grid in grids:
-        assert (grid.levels[0].requests[0], grid.levels[0].requests[-1]) == (1, 16)
+        assert (grid.levels[0].requests[0], grid.levels[0].requests[-1]) == (1, 64)
         assert (grid.tokens_each[0], grid.tokens_each[-1]) == (1, 8)
     assert grids[0].levels == levels
-    assert grids[-1] == Grid((Level(128, (1, 16)),), (1, 8))
+    # A second capacity and numbers of requests between the ends outlast tokens between the ends.
+    assert grids[-3] == Grid((Level(128, (1, 4, 64)), Level(2048, (1, 4, 64))), (1, 8))
+    assert grids[-1] == Grid((Level(128, (1, 64)),), (1, 8))
 
 
 @pytest.mark.parametrize(
