@@ -136,12 +136,14 @@ class Calibration:
         return np.array([self.greedy.biases, self.sampled.biases])
 
     def survival(self, confidence_logits: FloatArray, sampled: BoolArray) -> NDArray[np.float64]:
-        """Probability that drafts 1 .. k all stand: float64 [R, g] in [0, 1], never growing along a row.
+        """Probability that drafts 1 .. k all stand: float64 [R, m] in [0, 1], never growing along a row.
 
-        ``confidence_logits`` is float32 [R, g]; ``sampled`` [R] tells which requests have a temperature above 0.
+        ``confidence_logits`` is float32 [R, m], m at most the block size; ``sampled`` [R] tells which requests have a
+        temperature above 0.
         """
         regime = sampled.astype(np.intp)
-        conditional = sigmoid(confidence_logits * self._inverse[regime] + self._bias[regime])
+        places = slice(confidence_logits.shape[1])
+        conditional = sigmoid(confidence_logits * self._inverse[regime, places] + self._bias[regime, places])
         return np.cumprod(conditional, axis=1, out=conditional)
 
     def save(self, path: Path) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dspark_backend.errors import ArtifactError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -128,7 +128,8 @@ class CostModel:
 
     verify: tuple[StepCurve, ...]
     draft: tuple[StepCurve, ...] = ()
-    """One point each, at q = 1 (an anchor a request); empty where there is no drafter."""
+    """At q slots of a block for each request: one point where a round always drafts whole blocks; empty where there is
+    no drafter."""
     uneven: tuple[StepCurve, ...] = ()
     """One point each, at the same (R, C) as verify curves: a step in which one request has q tokens and the others one
     each. Attention may work on as many places for everybody as the widest request needs."""
@@ -197,11 +198,11 @@ class CostModel:
         surface = self._place_surface
         return 0.0 if surface is None else float(surface.at(num_requests, np.ones(1), capacity)[0])
 
-    def draft_seconds(self, num_requests: int, capacity: int) -> float:
-        """Predicted seconds of a drafting round; 0 without requests or drafter."""
+    def draft_seconds(self, num_requests: int, capacity: int, width: int) -> float:
+        """Predicted seconds of a drafting round of ``width`` slots a request; 0 without requests or drafter."""
         if num_requests < 1 or not self.draft:
             return 0.0
-        return float(self._draft_surface.at(num_requests, np.ones(1), capacity)[0])
+        return float(self._draft_surface.at(num_requests, np.full(1, float(width)), capacity)[0])
 
     def to_json(self) -> str:
         """Text from which :meth:`from_json` makes an equal model, to the last bit."""

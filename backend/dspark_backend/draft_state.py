@@ -15,6 +15,19 @@ Survival: TypeAlias = NDArray[np.float64]
 """[g]: calibrated probability that drafts 1 .. k all stand."""
 
 
+def extended(curve: Survival, known: Survival) -> Survival:
+    """Curves [..., m] of m drafts, continued to as many as ``known`` [..., g] has, falling as that falls.
+
+    What a block that ended early does not say is taken from earlier ones.
+    """
+    width = curve.shape[-1]
+    if width == known.shape[-1]:
+        return curve
+    last = known[..., width - 1 : width]
+    ratio = np.divide(known[..., width:], last, out=np.zeros_like(known[..., width:]), where=last > 0.0)
+    return np.concatenate([curve, curve[..., -1:] * ratio], axis=-1)
+
+
 @dataclass(eq=False)
 class DraftState:
     """Context that waits, what past rounds taught, and counts."""

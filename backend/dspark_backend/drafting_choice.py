@@ -23,7 +23,10 @@ _PROBE_EVERY = 48
 _PROBE_ALONG = 24
 """Rounds after which it does so along with one that is due: one drafting round of many costs less than many of one."""
 _DECIDE_EVERY = 4
-"""Rounds for which it is not asked again who should draft."""
+"""Rounds for which it is not asked again who should draft. In the first of them a slot more is drafted than may be
+verified: without ever looking there, nothing would tell when going deeper pays."""
+_DEPTHS = (1, 2, 3, 5)
+"""Depths that are tried beside whole blocks."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Chosen:
     """Ascending."""
     depth: int
     """Most drafts to verify of a request with an adaptive policy: where the widest request makes a step longer for all,
-    a few deep drafts are not worth it."""
+    or the drafter for every slot, a few deep drafts are not worth it."""
+    width: int = 0
+    """Slots to draft for requests with an adaptive policy: ``depth`` or more, where anybody drafts."""
 
 
 class DraftingChoice:
@@ -57,16 +62,21 @@ class DraftingChoice:
         able: list[int] = np.flatnonzero(limits > 0).tolist()
         adaptive = [row for row in able if running[row].prepared.policy.adaptive]
         if not adaptive:
-            return Chosen(able, self._block_size)
+            return Chosen(able, self._block_size, self._block_size)
         static = [int(limits[row]) for row in able if not running[row].prepared.policy.adaptive]
         gainful = self._gainful(running, adaptive, limits, capacity, prior, max(static, default=0))
-        rows, depth = set(gainful.rows), gainful.depth
+        rows, depth, width = set(gainful.rows), gainful.depth, gainful.width
         idle = {row: running[row].draft.idle_rounds for row in adaptive if row not in rows}
         if any(rounds >= _PROBE_EVERY for rounds in idle.values()):
             rows |= {row for row, rounds in idle.items() if rounds >= _PROBE_ALONG}
             # Their confidences are what is wanted.
-            depth = max(depth, 1 if self._cost.place_costs(len(running), capacity) else self._block_size)
-        return Chosen([row for row in able if row in rows or not running[row].prepared.policy.adaptive], depth)
+            depth = max(depth, 1 if self._cost.depth_costs(len(running), capacity) else self._block_size)
+            width = max(width, self._deeper(depth))
+        rows |= {row for row in able if not running[row].prepared.policy.adaptive}
+        return Chosen(sorted(rows), depth, width)
+
+    def _deeper(self, depth: int) -> int:
+        return min(depth + 1, self._block_size)
 
     def _gainful(
         self,
@@ -81,14 +91,16 @@ class DraftingChoice:
         key = (len(running), capacity, *(running[row].number for row in adaptive))
         if self._decided is None or self._decided.spent or self._decided.key != key:
             if prior is None:
-                return Chosen(adaptive, self._block_size)  # nothing is known yet: find out
+                return Chosen(adaptive, self._block_size, self._block_size)  # nothing is known yet: find out
             curves = [running[row].draft.expected for row in adaptive]
             expected = np.array([prior**_HOPE if curve is None else curve for curve in curves])
             found = most_gainful(expected, limits[adaptive], len(running), capacity, self._cost, floor)
             self._decided = _Decision(key, found)
+        first, chosen = self._decided.rounds == 0, self._decided.chosen
         self._decided.rounds += 1
         # Rows of the batch are others when a sequence of another policy has come or gone: places among these are not.
-        return Chosen([adaptive[place] for place in self._decided.chosen.rows], self._decided.chosen.depth)
+        rows = [adaptive[place] for place in chosen.rows]
+        return Chosen(rows, chosen.depth, self._deeper(chosen.depth) if first else chosen.depth)
 
 
 def most_gainful(
@@ -108,8 +120,9 @@ def most_gainful(
     size, block = survival.shape
     # What was learned in earlier rounds cannot leak a token of this one: a free search is allowed here.
     within = np.where(np.arange(block) < limits[:, None], survival, 0.0)
-    best, chosen = _MARGIN * count / float(cost.round_seconds(count, 0, 0, capacity, floor)[0]), Chosen([], 0)
-    depths = sorted({*range(1, min(block, 4)), block}) if cost.place_costs(count, capacity) else [block]
+    best, chosen = _MARGIN * count / float(cost.step_seconds(count, 0, capacity, floor)[0]), Chosen([], 0)
+    tried_depths = {*(depth for depth in _DEPTHS if depth < block), block}
+    depths = sorted(tried_depths) if cost.depth_costs(count, capacity) else [block]
     sizes = range(1, size + 1) if size <= 4 else sorted({-(-size * part // 4) for part in range(1, 5)})
     for depth in depths:
         order = np.argsort(-within[:, :depth].sum(axis=1), kind="stable")
@@ -119,10 +132,11 @@ def most_gainful(
             if not most:
                 continue
             ranked = -np.sort(-within[rows, :depth], axis=None)[:most]
-            seconds = cost.round_seconds(count, tried, most, capacity, max(depth, floor))[1:]
+            seconds = cost.step_seconds(count, most, capacity, max(depth, floor))[1:]
+            seconds += cost.draft_seconds(tried, capacity, depth)
             throughput = float(((count + np.cumsum(ranked)) / seconds).max())
             if throughput > best:
-                best, chosen = throughput, Chosen(sorted(rows.tolist()), depth)
+                best, chosen = throughput, Chosen(sorted(rows.tolist()), depth, depth)
     return chosen
 
 

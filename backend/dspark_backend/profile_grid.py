@@ -54,6 +54,8 @@ class Grid:
     levels: tuple[Level, ...]
     tokens_each: tuple[int, ...]
     """q, ascending from 1."""
+    widths: tuple[int, ...] = ()
+    """Slots of a drafting round, ascending; empty without a drafter."""
 
     @classmethod
     def of(cls, plan: ProfilePlan, verifier: VerifierArtifact, drafter: DrafterArtifact | None) -> Grid:
@@ -70,7 +72,8 @@ class Grid:
             levels.append(Level(min(*plan.capacities, capacity_for(context)), (1,)))
         depths = {1, 2, 3, 5, drafter.block_size + 1} if drafter else {1, 2, _DEEP}
         room = min(context, levels[0].capacity)
-        return cls(tuple(levels), tuple(sorted(depth for depth in depths if depth <= room)))
+        widths = {drafter.block_size, 1 if drafter.variable_width else drafter.block_size} if drafter else set()
+        return cls(tuple(levels), tuple(sorted(depth for depth in depths if depth <= room)), tuple(sorted(widths)))
 
     def coarser(self) -> Iterator[Grid]:
         """Grids with fewer and fewer points, beginning with this one.
@@ -102,8 +105,8 @@ class Grid:
         """Roughly how long one measurement of every point takes, from the times of single steps.
 
         ``lightest`` is that of one token, ``heaviest`` of the most requests with the most tokens each, ``draft`` of a
-        drafting round of the most requests, all at the smallest capacity. Larger ones are taken to cost half as much
-        again.
+        drafting round of the most requests and slots, all at the smallest capacity. Larger ones are taken to cost half
+        as much again.
         """
         most = max(level.requests[-1] for level in self.levels) * self.tokens_each[-1] - 1
         total = 0.0
@@ -113,7 +116,7 @@ class Grid:
                 if draft and requests > 1:  # the uneven step
                     shares.append((requests - 2 + self.tokens_each[-1]) / max(most, 1))
                 step = sum(lightest + max(heaviest - lightest, 0.0) * share for share in shares)
-                total += (step + draft) * (1.0 if index == 0 else 1.5)
+                total += (step + draft * len(self.widths)) * (1.0 if index == 0 else 1.5)
         return total
 
 

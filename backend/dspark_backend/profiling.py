@@ -33,6 +33,8 @@ class _Point:
     num_requests: int
     tokens_each: int
     """0: a drafting round."""
+    slots: int = 0
+    """Of a drafting round."""
     widest: int = 0
     """Tokens of the first request where it has more than the others."""
 
@@ -53,7 +55,7 @@ class _Samples:
 
     def model(self) -> CostModel:
         verify: dict[tuple[int, int], dict[int, float]] = {}
-        draft: list[StepCurve] = []
+        draft: dict[tuple[int, int], dict[int, float]] = {}
         uneven: list[StepCurve] = []
         for point, samples in self.by_point.items():
             seconds = _typical(samples)
@@ -62,12 +64,16 @@ class _Samples:
             elif point.tokens_each:
                 verify.setdefault((point.num_requests, point.capacity), {})[point.tokens_each] = seconds
             else:
-                draft.append(StepCurve(point.num_requests, point.capacity, (1,), (seconds,)))
-        curves = [
-            StepCurve(requests, capacity, tuple(sorted(times)), tuple(times[each] for each in sorted(times)))
-            for (requests, capacity), times in verify.items()
-        ]
-        return CostModel(tuple(curves), tuple(draft), tuple(uneven))
+                draft.setdefault((point.num_requests, point.capacity), {})[point.slots] = seconds
+        return CostModel(_curves(verify), _curves(draft), tuple(uneven))
+
+
+def _curves(measured: dict[tuple[int, int], dict[int, float]]) -> tuple[StepCurve, ...]:
+    """Of the times by q at each (R, C)."""
+    return tuple(
+        StepCurve(requests, capacity, tuple(sorted(times)), tuple(times[each] for each in sorted(times)))
+        for (requests, capacity), times in measured.items()
+    )
 
 
 def _typical(samples: list[float]) -> float:
@@ -85,10 +91,6 @@ class _Bench:
         self._verifier = verifier
         self._drafter = drafter
         self._random = np.random.default_rng(0)
-
-    @property
-    def has_drafter(self) -> bool:
-        return self._drafter is not None
 
     def allocate(self, num_slots: int, capacity: int) -> None:
         for stage in (self._verifier, self._drafter):
@@ -139,7 +141,7 @@ class _Bench:
             anchors=self._random.integers(artifact.vocab_size, size=count),
             slots=slots,
             starts=np.full(count, start, dtype=np.int64),
-            uniforms=self._random.random((count, artifact.block_size), dtype=np.float32),
+            uniforms=self._random.random((count, point.slots), dtype=np.float32),
             temperature=ones,
             top_k=np.full(count, artifact.num_candidates, dtype=np.int64),
             top_p=ones,
@@ -175,7 +177,8 @@ class _Profiler:
         if lightest * most * grid.tokens_each[-1] > self._plan.max_seconds:
             return coarsest
         heaviest = self._twice(_Point(level.capacity, most, grid.tokens_each[-1]))
-        draft = self._twice(_Point(level.capacity, most, 0)) if self._bench.has_drafter else 0.0
+        widest = grid.widths[-1] if grid.widths else 0
+        draft = self._twice(_Point(level.capacity, most, 0, widest)) if widest else 0.0
         allowed = self._plan.max_seconds / _SWEEPS_WANTED
         return next((one for one in finer if one.estimate_seconds(lightest, heaviest, draft) <= allowed), coarsest)
 
@@ -188,12 +191,13 @@ class _Profiler:
             for index, level in enumerate(grid.levels):
                 if sweep > 0 and self.elapsed > self._plan.max_seconds:
                     return
-                self._sweep_level(level, grid.tokens_each, first=sweep == 0)
+                self._sweep_level(level, grid, first=sweep == 0)
                 done = (sweep * len(grid.levels) + index + 1) / (self._plan.repetitions * len(grid.levels))
                 self._progress("measure step times", min(1.0, max(done, self.elapsed / self._plan.max_seconds)))
             self.sweeps += 1
 
-    def _sweep_level(self, level: Level, tokens_each: tuple[int, ...], first: bool) -> None:
+    def _sweep_level(self, level: Level, grid: Grid, first: bool) -> None:
+        tokens_each = grid.tokens_each
         self._bench.allocate(level.requests[-1], level.capacity)
         for requests in level.requests:
             for place, each in enumerate(tokens_each):
@@ -201,16 +205,15 @@ class _Profiler:
                 # The first run of a shape plans its memory, the first over other slots binds them: neither is typical.
                 self._take(point, [point] if first or place == 0 else [], first)
             # A drafter alone makes steps in which requests have different numbers of tokens.
-            if self._bench.has_drafter and requests > 1 and tokens_each[-1] > 1:
+            if grid.widths and requests > 1 and tokens_each[-1] > 1:
                 point = _Point(level.capacity, requests, 1, widest=tokens_each[-1])
                 self._take(point, [point] if first else [], first)
-        if not self._bench.has_drafter:
-            return
         # Apart from the steps: a runtime's threads go on spinning after a run, and slow the other stage's next one.
         # Every draft in service follows a step, so here as well; not every step follows a draft.
         for requests in level.requests:
-            point, step = (_Point(level.capacity, requests, each) for each in (0, tokens_each[-1]))
-            self._take(point, [point, step], first)
+            for slots in grid.widths:
+                point, step = _Point(level.capacity, requests, 0, slots), _Point(level.capacity, requests, 1)
+                self._take(point, [point, step], first)
 
     def _take(self, point: _Point, before: list[_Point], first: bool) -> None:
         """Measure a point after untimed runs of others. Once the time is up, only what has no measurement yet."""

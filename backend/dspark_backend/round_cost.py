@@ -30,7 +30,7 @@ class RoundCost:
         self._verify = CostTracker()
         self._draft = CostTracker()
         self._curves: dict[tuple[int, int, int], FloatArray] = {}
-        self._draft_times: dict[tuple[int, int], float] = {}
+        self._draft_times: dict[tuple[int, int, int], float] = {}
 
     @property
     def mean_relative_error(self) -> float:
@@ -41,19 +41,26 @@ class RoundCost:
         """Of a step of so many requests and so many drafts in all, ``depth`` at most of one, as the model has it."""
         return float(self._curve(num_requests, capacity, depth)[drafts])
 
-    def place_costs(self, num_requests: int, capacity: int) -> bool:
-        """Whether it takes time that one request goes deeper than the others: more than a thousandth of a step."""
-        place = self._model.place_seconds(num_requests, capacity)
-        return place > 1e-3 * float(self._curve(num_requests, capacity, 0)[0])
+    def depth_costs(self, num_requests: int, capacity: int) -> bool:
+        """Whether it takes time that drafts may be verified deep, even where few are: more than a thousandth of a step.
 
-    def round_seconds(self, num_requests: int, drafting: int, most: int, capacity: int, depth: int) -> FloatArray:
-        """Of a round in which ``drafting`` requests draft and k drafts are verified: float64 [most + 1], by k.
+        A step may have places for as many tokens of every request as the widest has; a drafter takes its time for every
+        slot of a block.
+        """
+        step = float(self._curve(num_requests, capacity, 0)[0])
+        slots = (self._draft_seconds(num_requests, capacity, width) for width in (self._block_size, 1))
+        return max(self._model.place_seconds(num_requests, capacity), next(slots) - next(slots)) > 1e-3 * step
+
+    def draft_seconds(self, num_requests: int, capacity: int, width: int) -> float:
+        """Of a drafting round of ``width`` slots for each of so many requests."""
+        return self._draft_seconds(num_requests, capacity, width) * self._draft.scale
+
+    def step_seconds(self, num_requests: int, most: int, capacity: int, depth: int) -> FloatArray:
+        """Of a verification step with k drafts: float64 [most + 1], by k.
 
         Whatever k is, the step has room for ``depth`` drafts of each request.
         """
-        verify = self._curve(num_requests, capacity, depth)[: most + 1] * self._verify.scale
-        verify += self._draft_seconds(drafting, capacity) * self._draft.scale
-        return verify
+        return self._curve(num_requests, capacity, depth)[: most + 1] * self._verify.scale
 
     def observe_verify(self, predicted_seconds: float, seconds: float) -> None:
         """A step that ``verify_seconds`` predicted took so long."""
@@ -66,9 +73,9 @@ class RoundCost:
             self._cache.invalidate()
             self._cache = None
 
-    def observe_draft(self, num_requests: int, capacity: int, seconds: float) -> None:
-        """A drafting round of so many requests took so long."""
-        self._draft.update(self._draft_seconds(num_requests, capacity), seconds)
+    def observe_draft(self, num_requests: int, capacity: int, width: int, seconds: float) -> None:
+        """A drafting round of so many requests and slots took so long."""
+        self._draft.update(self._draft_seconds(num_requests, capacity, width), seconds)
 
     def _curve(self, num_requests: int, capacity: int, depth: int) -> FloatArray:
         """float64 [block_size * num_requests + 1], by drafts."""
@@ -84,11 +91,11 @@ class RoundCost:
             self._curves[key] = curve
         return curve
 
-    def _draft_seconds(self, num_requests: int, capacity: int) -> float:
-        key = (num_requests, capacity)
+    def _draft_seconds(self, num_requests: int, capacity: int, width: int) -> float:
+        key = (num_requests, capacity, width)
         seconds = self._draft_times.get(key)
         if seconds is None:
             if len(self._draft_times) == self._MOST_KEPT:
                 self._draft_times.clear()
-            seconds = self._draft_times[key] = self._model.draft_seconds(num_requests, capacity)
+            seconds = self._draft_times[key] = self._model.draft_seconds(num_requests, capacity, width)
         return seconds

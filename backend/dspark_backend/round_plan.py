@@ -17,9 +17,9 @@ class Block:
     drafted: int = 0
     """Tokens the drafter proposed, verified or not."""
     survival: Survival | None = None
-    """[g]: calibrated probability that drafts 1 .. k all stand."""
+    """[g]: calibrated probability that drafts 1 .. k all stand, also of places beyond what was drafted."""
     confidence_logits: FloatArray | None = None
-    """[g]: as the drafter gave them."""
+    """[m]: as the drafter gave them."""
 
 
 @dataclass(frozen=True)

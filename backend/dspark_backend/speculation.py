@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dspark_backend.acceptance import Proposal
 from dspark_backend.calibration import Calibration, OnlineCalibration
-from dspark_backend.cost import CostModel
+from dspark_backend.cost import CostModel, FloatArray
 from dspark_backend.cost_cache import CostCache
-from dspark_backend.draft_state import Survival
-from dspark_backend.drafting_choice import DraftingChoice
+from dspark_backend.draft import Draft
+from dspark_backend.draft_state import Survival, extended
+from dspark_backend.drafting_choice import Chosen, DraftingChoice
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.rng import Purpose
 from dspark_backend.round_cost import RoundCost
@@ -28,7 +29,6 @@ from dspark_backend.stages.batch import IntArray
 from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput, DraftSampling
 from dspark_backend.stages.protocol import DrafterStage
 from dspark_backend.stages.rows import Rows, joined
-from dspark_backend.verification import VerifiedDrafts
 
 _FLUSH_ROWS = 256
 """Context rows of a sequence that may wait; more go to the drafter at once, so that memory stays flat."""
@@ -64,6 +64,7 @@ class Speculator:
         self._drawing: tuple[list[int], DraftSampling] | None = None
         """The sequences that drafted last, and how: mostly the same ones as in the round before."""
         self.block_size = drafter.artifact.block_size
+        self._even: Survival = 0.5 ** np.arange(1, self.block_size + 1)
 
     def feed(self, sequence: SequenceState, features: Rows) -> None:
         """Take the features [n, F] of positions that were just committed to the target's cache: a view will do."""
@@ -85,12 +86,13 @@ class Speculator:
             drafting = [running[row] for row in chosen]
             adaptive = np.array([sequence.prepared.policy.adaptive for sequence in drafting])
             limits = np.where(adaptive, np.minimum(limits[chosen], choice.depth), limits[chosen])
-            output = self._draft(drafting, capacity)
-            sampled = np.array([not sequence.prepared.request.sampling.greedy for sequence in drafting])
-            survival = self._calibration.survival(output.confidence_logits, sampled)
-            depths = self._depths(drafting, survival, limits, count, capacity)
+            widths = np.array([self._width(sequence, choice) for sequence in drafting])
+            greedy = np.array([sequence.prepared.request.sampling.greedy for sequence in drafting])
+            drafts, survival = self._draft(drafting, widths, greedy, capacity)
+            seconds = self._seconds(widths, limits, count, capacity)
+            depths = self._depths(drafting, survival, limits, count, seconds)
             for place, row in enumerate(chosen):
-                blocks[row] = self._block(running[row], output, place, int(depths[place]), survival[place])
+                blocks[row] = drafts[place].block(int(depths[place]), survival[place], bool(greedy[place]))
             self._remember(drafting, survival)
         depths_of_all = [len(block.drafts.tokens) for block in blocks]
         predicted = self._cost.verify_seconds(count, sum(depths_of_all), capacity, max(depths_of_all, default=0))
@@ -146,11 +148,39 @@ class Speculator:
             limits.append(max(0, min(most, self.block_size, self.block_size if cap is None else cap)))
         return np.array(limits, dtype=np.int64)
 
-    def _draft(self, drafting: Sequence[SequenceState], capacity: int) -> DraftOutput:
-        uniforms = np.zeros((len(drafting), self.block_size), dtype=np.float32)
+    def _width(self, sequence: SequenceState, choice: Chosen) -> int:
+        """Slots to draft for a sequence."""
+        if not self._drafter.artifact.variable_width:
+            return self.block_size
+        prepared = sequence.prepared
+        if prepared.policy.adaptive:
+            return choice.width
+        # Not fewer towards the answer's end, nor as others of the batch want it: a seed's drafts stay the same.
+        cap = prepared.request.max_draft_tokens
+        return min(prepared.policy.deepest, self.block_size, self.block_size if cap is None else cap)
+
+    def _draft(
+        self, drafting: Sequence[SequenceState], widths: IntArray, greedy: NDArray[np.bool_], capacity: int
+    ) -> tuple[list[Draft], FloatArray]:
+        """One drafting round for each width. The drafts and their survival curves [n, g], in the sequences' order.
+
+        Beyond a block's end curves go on as the sequence's earlier ones did.
+        """
+        found: dict[int, Draft] = {}
+        survival = np.array([self._known(sequence) for sequence in drafting])
+        for width in sorted(set(widths.tolist())):
+            rows = np.flatnonzero(widths == width)
+            output = self._draft_alike([drafting[row] for row in rows.tolist()], width, capacity)
+            found |= {row: Draft(output, place) for place, row in enumerate(rows.tolist())}
+            curves = self._calibration.survival(output.confidence_logits, ~greedy[rows])
+            survival[rows] = extended(curves, survival[rows])
+        return [found[row] for row in range(len(drafting))], survival
+
+    def _draft_alike(self, drafting: Sequence[SequenceState], width: int, capacity: int) -> DraftOutput:
+        uniforms = np.zeros((len(drafting), width), dtype=np.float32)
         for row, sequence in enumerate(drafting):
             if not sequence.prepared.request.sampling.greedy:
-                uniforms[row] = sequence.rng.uniforms(Purpose.DRAFT, self.block_size, np.float32)
+                uniforms[row] = sequence.rng.uniforms(Purpose.DRAFT, width, np.float32)
         sampling = self._draft_sampling(drafting)
         begin = time.perf_counter()
         output = self._drafter.draft(
@@ -168,8 +198,21 @@ class Speculator:
         )
         seconds = time.perf_counter() - begin
         self._metrics.spec_decode_draft_seconds_total.add(seconds)
-        self._cost.observe_draft(len(drafting), capacity, seconds)
+        self._cost.observe_draft(len(drafting), capacity, width, seconds)
         return output
+
+    def _known(self, sequence: SequenceState) -> Survival:
+        """A mean curve of the sequence; of everybody before it has drafted, and at the very start an even chance."""
+        if sequence.draft.expected is not None:
+            return sequence.draft.expected
+        return self._prior if self._prior is not None else self._even
+
+    def _seconds(self, widths: IntArray, limits: IntArray, count: int, capacity: int) -> FloatArray:
+        """Of the whole round by drafts verified, as the policies want it."""
+        seconds = self._cost.step_seconds(count, int(limits.sum()), capacity, int(limits.max()))
+        for width in sorted(set(widths.tolist())):
+            seconds += self._cost.draft_seconds(int((widths == width).sum()), capacity, width)
+        return seconds
 
     def _draft_sampling(self, drafting: Sequence[SequenceState]) -> DraftSampling:
         numbers = [sequence.number for sequence in drafting]
@@ -194,10 +237,9 @@ class Speculator:
         return ContextRows(joined(features), np.concatenate(positions), np.concatenate(slots))
 
     def _depths(
-        self, drafting: Sequence[SequenceState], survival: Survival, limits: IntArray, count: int, capacity: int
+        self, drafting: Sequence[SequenceState], survival: FloatArray, limits: IntArray, count: int, seconds: FloatArray
     ) -> IntArray:
         """Depth of every drafting sequence, int64 [n]. Policies that look at nobody else go first."""
-        seconds = self._cost.round_seconds(count, len(drafting), int(limits.sum()), capacity, int(limits.max()))
         lagged = np.array([self._lagged(sequence) for sequence in drafting])
         groups: dict[DepthPolicy, list[int]] = {}
         for row, sequence in enumerate(drafting):
@@ -219,22 +261,9 @@ class Speculator:
         recent = sequence.draft.recent
         if len(recent) == 2:
             return recent[0]
-        return self._prior if self._prior is not None else 0.5 ** np.arange(1, self.block_size + 1)
+        return self._prior if self._prior is not None else self._even
 
-    def _block(self, sequence: SequenceState, output: DraftOutput, place: int, depth: int, survival: Survival) -> Block:
-        proposals: tuple[Proposal, ...] = ()
-        if not sequence.prepared.request.sampling.greedy:
-            proposals = tuple(
-                Proposal(output.candidates[place, slot], output.probabilities[place, slot]) for slot in range(depth)
-            )
-        return Block(
-            drafts=VerifiedDrafts(tuple(output.tokens[place, :depth].tolist()), proposals),
-            drafted=self.block_size,
-            survival=survival,
-            confidence_logits=output.confidence_logits[place],
-        )
-
-    def _remember(self, drafting: Sequence[SequenceState], survival: Survival) -> None:
+    def _remember(self, drafting: Sequence[SequenceState], survival: FloatArray) -> None:
         for sequence, curve in zip(drafting, survival, strict=True):
             state = sequence.draft
             state.recent.append(curve)

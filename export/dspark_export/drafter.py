@@ -110,6 +110,7 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
             target_layer_ids=spec.target_layer_ids,
             markov_head=spec.head,
             has_confidence=spec.confidence,
+            variable_width=engine is None,
             verifier_hash=verifier.source_hash,
             source=options.checkpoint.name,
             source_hash=source_hash(weights.files),

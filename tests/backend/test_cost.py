@@ -53,7 +53,7 @@ def test_a_linear_law_is_recovered_between_and_beyond_measured_points(
     counts = requests + np.arange(12 * requests)
     expected = [planar(count, requests, capacity) for count in counts]
     np.testing.assert_allclose(model.verify_seconds(requests, counts, capacity), expected, rtol=1e-12)
-    assert model.draft_seconds(requests, capacity) == pytest.approx(planar(0, requests, capacity) / 4, rel=1e-12)
+    assert model.draft_seconds(requests, capacity, 1) == pytest.approx(planar(0, requests, capacity) / 4, rel=1e-12)
 
 
 def test_measured_points_and_cliffs_are_kept() -> None:
@@ -117,7 +117,7 @@ def test_predictions_are_positive_and_survive_json_to_the_last_bit(
     seconds = model.verify_seconds(requests, counts, capacity)
     assert seconds.shape == (41,)
     assert np.isfinite(seconds).all() and (seconds > 0).all()
-    assert model.draft_seconds(requests, capacity) > 0
+    assert model.draft_seconds(requests, capacity, 3) > 0
     wide = model.verify_seconds(requests, counts, capacity, widest=5)
     assert np.isfinite(wide).all() and (wide >= seconds).all()
     again = CostModel.from_json(model.to_json())
@@ -126,7 +126,7 @@ def test_predictions_are_positive_and_survive_json_to_the_last_bit(
 
 
 def test_without_a_drafter_drafting_takes_no_time() -> None:
-    assert CostModel(measured(planar, FULL).verify).draft_seconds(8, 512) == 0.0
+    assert CostModel(measured(planar, FULL).verify).draft_seconds(8, 512, 1) == 0.0
 
 
 @pytest.mark.parametrize(("requests", "tokens"), [(0, 1), (3, 2)])
@@ -162,11 +162,11 @@ def _uneven(**changes: object) -> str:
     [
         ("{", "expected JSON"),
         ("[]", "expected an object"),
-        ('{"format_version": 2, "verify": []}', "expected an object"),
-        ('{"format_version": 7, "verify": [], "draft": [], "uneven": []}', "format_version 2, got 7"),
-        ('{"format_version": 2, "verify": [], "draft": [], "uneven": []}', "at least one verify curve"),
-        ('{"format_version": 2, "verify": 3, "draft": [], "uneven": []}', "list of curves"),
-        ('{"format_version": 2, "verify": [{}], "draft": [], "uneven": []}', "expected curves with"),
+        ('{"format_version": 3, "verify": []}', "expected an object"),
+        ('{"format_version": 7, "verify": [], "draft": [], "uneven": []}', "format_version 3, got 7"),
+        ('{"format_version": 3, "verify": [], "draft": [], "uneven": []}', "at least one verify curve"),
+        ('{"format_version": 3, "verify": 3, "draft": [], "uneven": []}', "list of curves"),
+        ('{"format_version": 3, "verify": [{}], "draft": [], "uneven": []}', "expected curves with"),
         (_uneven(num_requests=1), "two requests or more"),
         (_uneven(tokens_each=[1]), "two requests or more"),
         (_uneven(tokens_each=[2, 5], seconds=[0.1, 0.2]), "two requests or more"),

@@ -65,7 +65,7 @@ def test_the_second_load_measures_nothing(verifier: WrappedStage, tmp_path: Path
         b'{"fingerprint": "x"}',
         b'{"fingerprint": "x", "model": {}}',
         b'{"fingerprint": "FINGERPRINT", "model": {}}',
-        b'{"fingerprint": "FINGERPRINT", "model": {"format_version": 2, "verify": [], "draft": [], "uneven": []}}',
+        b'{"fingerprint": "FINGERPRINT", "model": {"format_version": 3, "verify": [], "draft": [], "uneven": []}}',
     ],
 )
 def test_a_corrupt_or_foreign_file_is_measured_anew_with_a_warning(

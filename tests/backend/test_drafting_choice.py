@@ -21,11 +21,13 @@ BLOCK = 4
 GOOD, BAD = np.array([0.95, 0.9, 0.85, 0.8]), np.array([0.3, 0.1, 0.03, 0.01])
 
 
-def cost(token: float, draft: float, place: float = 0.0) -> RoundCost:
-    """A step takes 1 and ``token`` for each token more, a draft ``draft`` a request; ``place`` for every place that the
-    widest request has beyond the mean, for each of the requests."""
+def cost(token: float, draft: float, place: float = 0.0, slot: float = 0.0) -> RoundCost:
+    """A step takes 1 and ``token`` for each token more, a draft ``draft`` a request and, of it, ``slot`` for every slot
+    but the first; ``place`` for every place that the widest request has beyond the mean, for each of the requests."""
     verify = tuple(StepCurve(n, 128, (1, 2), (1.0, 1.0 + token * n)) for n in (1, 16))
-    drafting = tuple(StepCurve(n, 128, (1,), (draft * n,)) for n in (1, 16))
+    drafting = tuple(
+        StepCurve(n, 128, (1, BLOCK), (draft * n, (draft + slot * (BLOCK - 1)) * n)) for n in (1, 16)
+    )  # fmt: skip
     tokens, mean = 15 + BLOCK + 1, (15 + BLOCK + 1) / 16
     uneven = 1.0 + token * (tokens - 16) + 16 * place * (BLOCK + 1 - mean)
     uneven_curves = (StepCurve(16, 128, (BLOCK + 1,), (uneven,)),) if place else ()
@@ -46,7 +48,7 @@ def test_those_with_good_drafts_alone_where_a_draft_has_its_price():
 
 def test_everybody_where_drafts_are_cheap_and_nobody_where_they_are_dear():
     same = np.tile(GOOD, (6, 1))
-    assert most_gainful(same, limits(6), 6, 128, cost(0.01, 0.01)) == Chosen(list(range(6)), BLOCK)
+    assert most_gainful(same, limits(6), 6, 128, cost(0.01, 0.01)) == Chosen(list(range(6)), BLOCK, BLOCK)
     assert most_gainful(same, limits(6), 6, 128, cost(0.5, 0.5)) == Chosen([], 0)
     assert most_gainful(np.tile(BAD, (6, 1)), limits(6), 6, 128, cost(0.05, 0.05)).rows == []
 
@@ -60,8 +62,11 @@ def test_places_that_everybody_pays_for_keep_blocks_shallow_or_nobody_drafts():
     one = np.array([GOOD] + [BAD] * 3)
     assert most_gainful(one, limits(4), 4, 128, cost(0.1, 0.01)).rows == [0]
     assert most_gainful(one, limits(4), 4, 128, cost(0.1, 0.01, place=0.3)).rows == []
+    # So it does where the drafter takes its time for every slot.
+    slots = cost(0.03, 0.002, slot=0.03)
+    assert 1 <= most_gainful(falling, limits(16), 16, 128, slots).depth < BLOCK
     # Alone in the batch it does not.
-    assert most_gainful(one[:1], limits(1), 1, 128, dear) == Chosen([0], BLOCK)
+    assert most_gainful(one[:1], limits(1), 1, 128, dear) == Chosen([0], BLOCK, BLOCK)
 
 
 def test_an_answer_about_to_end_gains_little():
@@ -75,31 +80,33 @@ def test_an_answer_about_to_end_gains_little():
     st.floats(1e-3, 0.6),
     st.floats(1e-3, 0.6),
     st.sampled_from([0.0, 0.01, 0.1]),
+    st.sampled_from([0.0, 0.02]),
     st.lists(st.integers(0, BLOCK), min_size=12, max_size=12),
 )
-def test_the_choice_is_never_worse_than_all_or_none(rows, token, draft, place, room):
+def test_the_choice_is_never_worse_than_all_or_none(rows, token, draft, place, slot, room):
     survival = np.minimum.accumulate(np.array(rows), axis=1)
     count = len(survival)
     most = np.array(room[:count])
-    times = cost(token, draft, place)
+    times = cost(token, draft, place, slot)
 
     def expected(chosen: Chosen) -> float:
         """Tokens a second of the best number of drafts, by trying them all."""
         if not chosen.rows:
-            return count / float(times.round_seconds(count, 0, 0, 128, 0)[0])
+            return count / float(times.step_seconds(count, 0, 128, 0)[0])
         drafts = sorted(
             (chance for row in chosen.rows for chance in survival[row, : min(chosen.depth, most[row])]), reverse=True
         )
         if not drafts:
             return 0.0
-        seconds = times.round_seconds(count, len(chosen.rows), len(drafts), 128, chosen.depth)
+        seconds = times.step_seconds(count, len(drafts), 128, chosen.depth)
+        seconds += times.draft_seconds(len(chosen.rows), 128, chosen.depth)
         return max((count + sum(drafts[:k])) / seconds[k] for k in range(1, len(drafts) + 1))
 
     chosen = most_gainful(survival, most, count, 128, times)
     assert chosen.rows == sorted(set(chosen.rows))
     everybody = list(range(count))
     alternatives = [Chosen([], 0), Chosen(everybody, BLOCK)]
-    if times.place_costs(count, 128):
+    if times.depth_costs(count, 128):
         alternatives += [Chosen(everybody, depth) for depth in (1, 2, 3)]
     # Nobody drafts for less than the margin; whoever does is the best of these.
     best = max(map(expected, alternatives))
@@ -149,7 +156,7 @@ def test_static_policies_draft_always_and_all_before_anything_is_known():
     fixed, bad = Running(1, "fixed:2"), Running(2, "lagged", BAD)
     choice = DraftingChoice(cost(0.5, 0.5), BLOCK)
     assert choose(choice, [fixed, bad]).rows == [0]
-    assert choose(choice, [bad], prior=None) == Chosen([0], BLOCK)
+    assert choose(choice, [bad], prior=None) == Chosen([0], BLOCK, BLOCK)
     assert choose(choice, [fixed], room=[0]).rows == []
 
 
@@ -164,10 +171,19 @@ def test_new_ones_are_tried_where_good_ones_would_pay():
 
 def test_who_rested_long_looks_again_along_with_those_that_rested_half_as_long():
     rested = [Running(n, "causal", BAD, idle) for n, idle in enumerate((48, 30, 10))]
-    assert choose(DraftingChoice(cost(0.5, 0.5), BLOCK), rested) == Chosen([0, 1], BLOCK)
+    assert choose(DraftingChoice(cost(0.5, 0.5), BLOCK), rested) == Chosen([0, 1], BLOCK, BLOCK)
     assert choose(DraftingChoice(cost(0.5, 0.5), BLOCK), rested[1:]).rows == []
     # Where depth costs all of them, one draft each is enough to learn from.
-    assert choose(DraftingChoice(cost(0.5, 0.5, place=0.05), BLOCK), rested) == Chosen([0, 1], 1)
+    assert choose(DraftingChoice(cost(0.5, 0.5, place=0.05), BLOCK), rested) == Chosen([0, 1], 1, 2)
+
+
+def test_now_and_then_a_slot_more_is_drafted_than_may_be_verified():
+    falling = np.array([0.9, 0.3, 0.1, 0.05])
+    running = [Running(number, "causal", falling) for number in range(16)]
+    choice = DraftingChoice(cost(0.03, 0.002, slot=0.03), BLOCK)
+    rounds = [choose(choice, running) for _ in range(8)]
+    assert [one.width for one in rounds] == [2, 1, 1, 1, 2, 1, 1, 1]
+    assert {one.depth for one in rounds} == {1}
 
 
 def test_depth_that_others_need_anyway_is_not_paid_twice():
@@ -175,4 +191,4 @@ def test_depth_that_others_need_anyway_is_not_paid_twice():
     times = cost(0.03, 0.002, place=0.3)
     alone = most_gainful(rows[:1], limits(1), 8, 128, times)
     beside = most_gainful(rows[:1], limits(1), 8, 128, times, floor=BLOCK)
-    assert alone.rows == [] and beside == Chosen([0], BLOCK)
+    assert alone.rows == [] and beside == Chosen([0], BLOCK, BLOCK)

@@ -88,7 +88,7 @@ def test_every_point_of_the_grid_is_measured(verifier: WatchedStage, drafter: Wa
     # The golden models have a context of 512: no third capacity.
     assert places(model.verify) == places(model.draft) == {(r, c) for r in (1, 2, 3) for c in (128, 512)}
     assert {curve.tokens_each for curve in model.verify} == {tuple(sorted({1, 2, 3, 5, block + 1}))}
-    assert {curve.tokens_each for curve in model.draft} == {(1,)}
+    assert {curve.tokens_each for curve in model.draft} == {(1, block)}
     assert places(model.uneven) == {(r, c) for r in (2, 3) for c in (128, 512)}
     assert {curve.tokens_each for curve in model.uneven} == {(block + 1,)}
     assert seen[0] == 0.0
@@ -100,7 +100,7 @@ def test_without_a_drafter_few_depths_are_measured(verifier: WatchedStage) -> No
     model = measure(verifier, None, PLAN, artifacts.silent)
     assert {curve.tokens_each for curve in model.verify} == {(1, 2, 4)}
     assert model.draft == model.uneven == ()
-    assert model.draft_seconds(2, 128) == 0.0
+    assert model.draft_seconds(2, 128, 1) == 0.0
 
 
 def test_steps_are_what_serving_runs(verifier: WatchedStage, drafter: WatchedStage) -> None:

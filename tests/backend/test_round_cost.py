@@ -16,20 +16,21 @@ MODEL = CostModel(
         StepCurve(8, 128, (1, 2, 4), (0.030, 0.040, 0.070)),
         StepCurve(1, 512, (1, 4), (0.012, 0.020)),
     ),
-    draft=(StepCurve(1, 128, (1,), (0.002,)), StepCurve(8, 128, (1,), (0.009,))),
+    draft=(StepCurve(1, 128, (1, 3), (0.001, 0.002)), StepCurve(8, 128, (1, 3), (0.005, 0.009))),
 )
 
 
 @pytest.mark.parametrize("capacity", [128, 300, 512])
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_a_round_is_a_draft_and_a_verification(count, capacity):
+def test_predictions_are_the_models(count, capacity):
     cost = RoundCost(MODEL, BLOCK)
     most = BLOCK * count
     verify = MODEL.verify_seconds(count, count + np.arange(most + 1), capacity)
     for _ in range(2):
-        np.testing.assert_array_equal(cost.round_seconds(count, 0, most, capacity, 0), verify)
-        drafting = cost.round_seconds(count, count, 2, capacity, 0)
-        np.testing.assert_allclose(drafting, verify[:3] + MODEL.draft_seconds(count, capacity), rtol=1e-15)
+        np.testing.assert_array_equal(cost.step_seconds(count, most, capacity, 0), verify)
+        np.testing.assert_array_equal(cost.step_seconds(count, 2, capacity, 0), verify[:3])
+        for width in (1, 2, 3):
+            assert cost.draft_seconds(count, capacity, width) == MODEL.draft_seconds(count, capacity, width)
         assert cost.verify_seconds(count, most, capacity, 0) == verify[-1]
 
 
@@ -42,24 +43,34 @@ def test_room_for_the_deepest_is_paid_by_all():
     got = [cost.verify_seconds(8, drafts, 128, 2) for drafts in (0, 2, 4)]
     np.testing.assert_allclose(got, even + place * np.array([2.0, 1.75, 1.5]), rtol=1e-9)
     assert cost.verify_seconds(8, 3, 128, 3) == pytest.approx(0.0413)
-    assert cost.place_costs(8, 128) and not cost.place_costs(1, 128) and not RoundCost(MODEL, BLOCK).place_costs(8, 128)
+
+
+def test_whether_depth_costs():
+    whole = tuple(StepCurve(count, 128, (3,), (0.002 * count,)) for count in (1, 8))
+    uneven = (StepCurve(8, 128, (4,), (0.0413,)),)
+    # By its places in the step, or by its slots in the drafter.
+    assert RoundCost(CostModel(MODEL.verify, whole, uneven), BLOCK).depth_costs(8, 128)
+    assert RoundCost(MODEL, BLOCK).depth_costs(8, 128)
+    assert not RoundCost(CostModel(MODEL.verify, whole), BLOCK).depth_costs(8, 128)
+    assert not RoundCost(CostModel(MODEL.verify, whole, uneven), BLOCK).depth_costs(1, 128)
 
 
 def test_what_was_returned_is_the_callers():
     cost = RoundCost(MODEL, BLOCK)
-    before = cost.round_seconds(2, 2, 4, 128, 2)
+    before = cost.step_seconds(2, 4, 128, 2)
     expected = before.copy()
     before[:] = 0.0
-    np.testing.assert_array_equal(cost.round_seconds(2, 2, 4, 128, 2), expected)
+    np.testing.assert_array_equal(cost.step_seconds(2, 4, 128, 2), expected)
 
 
 def test_each_stage_is_scaled_by_its_own_steps():
     cost = RoundCost(MODEL, BLOCK)
-    verify, draft = cost.verify_seconds(1, 0, 128, 0), MODEL.draft_seconds(1, 128)
+    verify, draft = cost.verify_seconds(1, 0, 128, 0), MODEL.draft_seconds(1, 128, 2)
     for _ in range(300):
         cost.observe_verify(verify, 2 * verify)
-        cost.observe_draft(1, 128, 5 * draft)
-    assert cost.round_seconds(1, 1, 0, 128, 0)[0] == pytest.approx(2 * verify + 5 * draft)
+        cost.observe_draft(1, 128, 2, 5 * draft)
+    assert cost.step_seconds(1, 0, 128, 0)[0] == pytest.approx(2 * verify)
+    assert cost.draft_seconds(1, 128, 2) == pytest.approx(5 * draft)
     assert cost.verify_seconds(1, 0, 128, 0) == verify
     assert cost.mean_relative_error == pytest.approx(0.5)
 
@@ -67,8 +78,9 @@ def test_each_stage_is_scaled_by_its_own_steps():
 def test_many_combinations_are_not_kept_for_ever():
     cost = RoundCost(MODEL, BLOCK)
     for count in range(1, 700):
-        expected = MODEL.verify_seconds(count, np.array([count]), 128)[0] + MODEL.draft_seconds(count, 128)
-        assert cost.round_seconds(count, count, 0, 128, 0)[0] == pytest.approx(expected)
+        expected = MODEL.verify_seconds(count, np.array([count]), 128)[0]
+        assert cost.step_seconds(count, 0, 128, 0)[0] == pytest.approx(expected)
+        assert cost.draft_seconds(count, 128, 3) == MODEL.draft_seconds(count, 128, 3)
     assert len(cost._curves) <= RoundCost._MOST_KEPT and len(cost._draft_times) <= RoundCost._MOST_KEPT
 
 

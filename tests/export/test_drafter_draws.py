@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import shutil
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from artifacts import golden_arrays
+from artifacts import GOLDEN, golden_arrays
 from drafters import bind_intermediates, context_rows, draft_batch, export_golden_drafter
 from scipy.stats import chisquare
 
@@ -81,6 +83,11 @@ def bits(output, row):
     )
 
 
+def cut(request, width):
+    """The same request, drafted ``width`` tokens far."""
+    return replace(request, uniforms=request.uniforms[:width])
+
+
 def alone(directory, verifier, features, request):
     stage = OnnxRuntimeDrafter(directory, verifier, threads=1)
     stage.allocate(1, 96, ())
@@ -91,14 +98,19 @@ def alone(directory, verifier, features, request):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("kind", [*NAMES, "float16", "bfloat16", "int8"])
 def test_bits_do_not_depend_on_company(golden_artifacts, drafters, kind, threads):
-    """Random schedules: batch, order, slots, capacity, how the context came in, moved rows, and stale rows behind."""
+    """Random schedules: batch, order, slots, capacity, how the context came in, moved rows, blocks of several
+    widths, and stale rows behind."""
     name = kind if kind in NAMES else "qwen3_gated"
     golden = golden_arrays(name)
     features, tokens = golden["target_features"], np.concatenate([golden["prompt"], golden["greedy"]])
     verifier = golden_artifacts[name]
     stage = OnnxRuntimeDrafter(drafters[kind], verifier, threads=threads)
     requests = requests_of(tokens, stage.artifact.block_size)
-    expected = [alone(drafters[kind], verifier, features, request) for request in requests]
+    widths = sorted({1, 2, stage.artifact.block_size})
+    expected = [
+        {width: alone(drafters[kind], verifier, features, cut(request, width)) for width in widths}
+        for request in requests
+    ]
     random = np.random.default_rng(7)
     for _ in range(25):
         count = int(random.integers(1, len(requests) + 1))
@@ -127,10 +139,30 @@ def test_bits_do_not_depend_on_company(golden_artifacts, drafters, kind, threads
             stage.allocate(num_slots + 1, 300, moves)
         nothing = context_rows(features, 0, 0, 0)
         context = joined([last[place] for place in random.permutation(len(last))] or [nothing])
-        batch = batch_of([requests[index] for index in chosen], slots, context)
-        for output in (stage.draft(batch), stage.draft(batch)):
+        for width in random.choice(widths, 2).tolist():
+            batch = batch_of([cut(requests[index], width) for index in chosen], slots, context)
+            output = stage.draft(batch)
             for row, index in enumerate(chosen):
-                assert bits(output, row) == expected[index], (index, chosen, slots)
+                assert bits(output, row) == expected[index][width], (index, width, chosen, slots)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_block_that_ends_early_is_that_of_a_drafter_with_such_blocks(
+    golden_artifacts, drafters, tmp_path, kind, width
+):
+    settings = json.loads((GOLDEN / kind / "drafter" / "config.json").read_text())
+    shutil.copytree(GOLDEN / kind / "drafter", tmp_path / "checkpoint")
+    (tmp_path / "checkpoint" / "config.json").write_text(json.dumps(settings | {"block_size": width}))
+    export_golden_drafter("", golden_artifacts[kind], tmp_path / "short", checkpoint=tmp_path / "checkpoint")
+    golden = golden_arrays(kind)
+    features, tokens = golden["target_features"], np.concatenate([golden["prompt"], golden["greedy"]])
+    for request in requests_of(tokens, settings["block_size"])[:3]:
+        short, whole = cut(request, width), (drafters[kind], golden_artifacts[kind], features)
+        drafted = alone(*whole, short)
+        assert drafted == alone(tmp_path / "short", *whole[1:], short)
+        # Not the beginning of a longer block: its slots look at each other.
+        assert drafted[3] != alone(*whole, request)[3][: 4 * width]
 
 
 def test_copied_rows_draft_the_same(golden_artifacts, drafters):

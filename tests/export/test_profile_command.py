@@ -29,7 +29,7 @@ MODEL = CostModel(
         StepCurve(4, 128, (1, 3), (0.020, 0.030)),
         StepCurve(1, 512, (1, 3), (0.011, 0.013)),
     ),
-    (StepCurve(1, 128, (1,), (0.003,)), StepCurve(4, 128, (1,), (0.010,))),
+    (StepCurve(1, 128, (1, 3), (0.001, 0.005)), StepCurve(4, 128, (1, 3), (0.004, 0.016))),
 )
 
 
@@ -64,11 +64,11 @@ def test_the_server_finds_what_profile_measured(golden_artifacts: dict[str, Path
 def test_the_table_shows_times_and_the_most_tokens_a_second() -> None:
     table = cost_table(MODEL, 128)
     cells = [list(column.cells) for column in table.columns]
-    assert [column.header for column in table.columns] == ["requests", "draft", "0 drafts", "2 drafts"]
+    assert [column.header for column in table.columns] == ["requests", "draft of 1 .. all", "0 drafts", "2 drafts"]
     assert cells[0] == ["1", "4"]
-    assert cells[1] == ["3.00 ms", "10.00 ms"]
+    assert cells[1] == ["1.00 .. 5.00 ms", "4.00 .. 16.00 ms"]
     assert cells[2] == ["1: 10.00 ms\n100/s", "4: 20.00 ms\n200/s"]
-    assert cells[3] == ["3: 12.00 ms\n200/s", "12: 30.00 ms\n300/s"], "3 / (3 + 12 ms), 12 / (10 + 30 ms)"
+    assert cells[3] == ["3: 12.00 ms\n200/s", "12: 30.00 ms\n300/s"], "two drafts: 3 / (3 + 12 ms), 12 / (10 + 30 ms)"
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

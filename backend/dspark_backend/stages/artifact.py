@@ -138,6 +138,8 @@ class DrafterArtifact:
     digests: dict[str, str]
     layer_caches: tuple[tuple[int, int], ...] = ()
     """As a verifier's."""
+    variable_width: bool = False
+    """Whether a round may have fewer slots than the block size, for less time; else it has all of them."""
     engine: EngineInfo | None = None
     """For runtime tensorrt: its engines."""
     kind: str = "drafter"

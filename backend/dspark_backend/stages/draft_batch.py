@@ -51,7 +51,11 @@ class DraftSampling:
 
 @dataclass(frozen=True)
 class DraftBatch:
-    """One block for each of R requests."""
+    """A block of m tokens, at most the block size, for each of R requests.
+
+    A block that ends early is not the beginning of a longer one: its tokens look at each other. Its confidences and
+    probabilities are its own, so that nothing that is lossless with whole blocks stops being so.
+    """
 
     context: ContextRows
     """Rows that are not in the cache yet; after them every position below a request's start is."""
@@ -62,7 +66,7 @@ class DraftBatch:
     starts: IntArray
     """[R]: the anchor's position."""
     uniforms: FloatArray
-    """[R, g] in [0, 1): one number a draw, from the request's own DRAFT stream."""
+    """[R, m] in [0, 1): one number a draw, from the request's own DRAFT stream."""
     temperature: FloatArray
     """[R], above 0."""
     top_k: IntArray
@@ -84,13 +88,13 @@ class DraftOutput:
     """What the drafter proposes. The arrays are the caller's."""
 
     tokens: IntArray
-    """[R, g]"""
+    """[R, m]"""
     candidates: IntArray
-    """[R, g, K]: tokens that could have been drawn."""
+    """[R, m, K]: tokens that could have been drawn."""
     probabilities: FloatArray
-    """[R, g, K]: q of each candidate: the distribution the token was really drawn from."""
+    """[R, m, K]: q of each candidate: the distribution the token was really drawn from."""
     confidence_logits: FloatArray
-    """[R, g]"""
+    """[R, m]"""
 
     def proposal(self, row: int, slot: int) -> tuple[IntArray, FloatArray]:
         """(tokens, probabilities) of the support of q at one place."""

@@ -52,9 +52,12 @@ class OnnxRuntimeDrafter:
         self._context = placement.binding(
             open_session(directory / CONTEXT_FILE, settings.threads, None, settings, device)
         )
-        self._place: tuple[SlotWindow, bytes] | None = None
+        self._place: tuple[SlotWindow, int, bytes] | None = None
         """Where the blocks of the last round were: mostly where those of the next one are."""
         self._cache = placement.cache(self._artifact.cache_shapes)
+        # As in the verifier: a batched product with a single row takes another kernel.
+        heads, kv_heads = self._artifact.num_heads, max(heads for heads, _ in self._artifact.cache_shapes)
+        self._min_columns = 2 if heads == kv_heads else 1
 
     @property
     def artifact(self) -> DrafterArtifact:
@@ -83,27 +86,27 @@ class OnnxRuntimeDrafter:
         self._context.run()
 
     def draft(self, batch: DraftBatch) -> DraftOutput:
-        artifact, binding, count = self._artifact, self._draft, len(batch.anchors)
+        artifact, binding, (count, width) = self._artifact, self._draft, batch.uniforms.shape
         # Context of requests that do not draft may be among it.
         window = self._cache.window(batch.slots.tolist() + batch.context.slots.tolist())
         binding.cache(window)
         _fill_context(binding, batch.context, window)
-        place = (window, batch.slots.tobytes())
+        place = (window, width, batch.slots.tobytes())
         if self._place != place:
             block_rows = binding.input("block_rows", (count,))
             np.subtract(batch.slots, window.first, out=block_rows)
-            query_index = binding.input("query_index", (window.count, artifact.block_size))
+            query_index = binding.input("query_index", (window.count, max(width, self._min_columns)))
             query_index[:] = 0
-            query_index[block_rows] = np.arange(count * artifact.block_size).reshape(count, -1)
+            query_index[block_rows, :width] = np.arange(count * width).reshape(count, width)
             self._place = place
         binding.input("anchors", (count,))[:] = batch.anchors
         binding.input("starts", (count,))[:] = batch.starts
-        binding.input("uniforms", (count, artifact.block_size), np.float32)[:] = batch.uniforms
+        binding.input("uniforms", (count, width), np.float32)[:] = batch.uniforms
         binding.input("temperature", (count,), np.float32)[:] = batch.temperature
         binding.input("top_k", (count,))[:] = batch.top_k
         binding.input("top_p", (count,), np.float32)[:] = batch.top_p
         binding.input("min_p", (count,), np.float32)[:] = batch.min_p
-        shape = (count, artifact.block_size)
+        shape = (count, width)
         tokens = binding.output("tokens", shape, np.int64)
         candidates = binding.output("candidates", (*shape, artifact.num_candidates), np.int64)
         probabilities = binding.output("probabilities", (*shape, artifact.num_candidates))

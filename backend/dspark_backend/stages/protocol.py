@@ -69,7 +69,7 @@ class DrafterStage(Protocol):
         """Put rows into the cache without drafting."""
 
     def draft(self, batch: DraftBatch) -> DraftOutput:
-        """Commit the batch's context rows, then draft a block for each request."""
+        """Commit the batch's context rows, then draft for each request as many tokens as it has uniforms."""
 
     def close(self) -> None:
         """Give back memory and device."""

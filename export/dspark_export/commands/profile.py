@@ -69,7 +69,7 @@ def cost_table(model: CostModel, capacity: int) -> Table:
     table = Table(title=f"capacity {capacity}: tokens in the step, ms, tokens/s where all drafts are accepted")
     table.add_column("requests", justify="right")
     if model.draft:
-        table.add_column("draft", justify="right")
+        table.add_column("draft of 1 .. all", justify="right")
     for depth in curves[0].tokens_each:
         table.add_column(f"{depth - 1} drafts" if depth != 2 else "1 draft", justify="right")
     for curve in curves:
@@ -78,14 +78,17 @@ def cost_table(model: CostModel, capacity: int) -> Table:
 
 
 def _cells(model: CostModel, curve: StepCurve) -> list[str]:
-    draft = model.draft_seconds(curve.num_requests, curve.capacity)
+    def draft(width: int) -> float:
+        return model.draft_seconds(curve.num_requests, curve.capacity, width)
+
     cells = [str(curve.num_requests)]
     if model.draft:
-        cells.append(f"{1e3 * draft:.2f} ms")
+        widths = model.draft[0].tokens_each
+        cells.append(" .. ".join(f"{1e3 * draft(width):.2f}" for width in widths) + " ms")
     for each, seconds in zip(curve.tokens_each, curve.seconds, strict=True):
         tokens = curve.num_requests * each
         # Without drafts to verify the drafter does not run.
-        whole = seconds + (draft if each > 1 else 0.0)
+        whole = seconds + (draft(each - 1) if each > 1 else 0.0)
         cells.append(f"{tokens}: {1e3 * seconds:.2f} ms\n{tokens / whole:.0f}/s")
     return cells
 

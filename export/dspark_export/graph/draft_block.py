@@ -1,21 +1,29 @@
-"""The block that a drafter fills, as tokens and as places in the slot cache. R requests, g block size, S cache rows."""
+"""The block that a drafter fills, as tokens and as places in the slot cache. R requests, m slots, S cache rows."""
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.graph.layout import RaggedInputs
 from dspark_export.graph.tape import GraphTape
 
+WIDTH = "W"
+"""Dimension of a block's slots where a round may have fewer than the block size."""
 
-def block_tokens(tape: GraphTape, spec: DrafterSpec, anchors: ir.Value) -> ir.Value:
-    """int64 [R * g]: each of ``anchors`` [R] and mask tokens behind it."""
+
+def block_width(tape: GraphTape, uniforms: ir.Value) -> ir.Value:
+    """int64 [1]: slots of a block, of which ``uniforms`` [R, m] has a number each."""
+    width: ir.Value = tape.op("Shape", uniforms, start=1, end=2)
+    return width
+
+
+def block_tokens(tape: GraphTape, spec: DrafterSpec, anchors: ir.Value, width: ir.Value) -> ir.Value:
+    """int64 [R * m]: each of ``anchors`` [R] and mask tokens behind it."""
     masks = tape.op(
         "Expand",
-        tape.constant([[spec.mask_token_id] * (spec.block_size - 1)]),
-        tape.op("Concat", tape.op("Shape", anchors), tape.constant([1]), axis=0),
+        tape.constant([[spec.mask_token_id]]),
+        tape.op("Concat", tape.op("Shape", anchors), tape.op("Sub", width, tape.constant([1])), axis=0),
     )
     tokens = tape.op("Concat", tape.op("Unsqueeze", anchors, tape.constant([1])), masks, axis=1)
     return tape.reshape(tokens, (-1,))
@@ -23,28 +31,35 @@ def block_tokens(tape: GraphTape, spec: DrafterSpec, anchors: ir.Value) -> ir.Va
 
 def block_inputs(
     tape: GraphTape,
-    block: int,
+    width: ir.Value,
     block_rows: ir.Value,
     starts: ir.Value,
     query_index: ir.Value,
     causal: bool = False,
 ) -> RaggedInputs:
-    """Slot k of request i is token i * g + k, at position starts[i] + k; it may look up to the block's end, or, where
+    """Slot k of request i is token i * m + k, at position starts[i] + k; it may look up to the block's end, or, where
     ``causal``, to itself. Windows count positions before the anchor: all slots see the same of them.
 
-    ``block_rows`` and ``starts`` [R], ``query_index`` [S, g].
+    ``block_rows`` and ``starts`` [R], ``query_index`` [S, m].
     """
-    offsets = tape.constant(np.arange(block).reshape(1, block))
-    start = tape.op("Unsqueeze", starts, tape.constant([1]))
-    row = tape.op("Unsqueeze", block_rows, tape.constant([1]))
+    one = tape.constant([1])
+    offsets = tape.op("Unsqueeze", tape.op("Range", *_scalars(tape, width)), tape.constant([0]))  # [1, m]
+    nothing = tape.op("Mul", offsets, tape.constant(0))
+    start = tape.op("Unsqueeze", starts, one)
+    row = tape.op("Unsqueeze", block_rows, one)
     positions = tape.reshape(tape.op("Add", start, offsets), (-1,))
-    ends = tape.op("Add", start, tape.constant(np.full((1, block), block - 1)))
-    before = tape.op("Add", start, tape.constant(np.full((1, block), -1)))
+    ends = tape.op("Add", start, tape.op("Add", nothing, tape.op("Sub", width, one)))
+    before = tape.op("Add", start, tape.op("Sub", nothing, one))
     return RaggedInputs(
         positions=positions,
-        rows=tape.reshape(tape.op("Add", row, tape.constant(np.zeros((1, block)))), (-1,)),
+        rows=tape.reshape(tape.op("Add", row, nothing), (-1,)),
         columns=tape.reshape(tape.op("Add", tape.op("Sub", start, start), offsets), (-1,)),
         query_index=query_index,
         horizon=positions if causal else tape.reshape(ends, (-1,)),
         window_end=tape.reshape(before, (-1,)),
     )
+
+
+def _scalars(tape: GraphTape, width: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """0, m, 1: what Range counts by."""
+    return tape.constant(0), tape.op("Squeeze", width, tape.constant([0])), tape.constant(1)

@@ -1,14 +1,15 @@
 """The drafter's graphs, in either dialect (DESIGN, "DSpark, in formulas").
 
 ``draft`` runs one round: context keys and values of newly committed rows, the block backbone, and the sequential head
-unrolled gamma times with its draws. ``context`` is its first part alone, for prompts that are still being read.
+with its draws. In ONNX Runtime's dialect a round may have fewer slots than the block: the first ones of a block that
+ends early, for the time that those take. ``context`` is its first part alone, for prompts that are still being read.
 
 Context rows and block rows live in one slot cache in position order: the block's keys and values are scattered behind
 the context, and the next round's context overwrites them. So the drafter's numbers do not depend on how its context
 came in.
 
-Shapes: M context rows, R drafting requests, S cache rows in view, g block size, K candidates, V vocabulary (Vd where
-the drafter's is smaller), F features, r Markov rank; the others as in ``layout``.
+Shapes: M context rows, R drafting requests, S cache rows in view, g block size, m slots of this round, K candidates,
+V vocabulary (Vd where the drafter's is smaller), F features, r Markov rank; the others as in ``layout``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import onnx_ir as ir
 from dspark_backend.stages.shared_weights import SHARED_EMBEDDING, SHARED_HEAD, SHARED_HEAD_SCALES
 from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.graph.blocks import Blocks, rope_tables
-from dspark_export.graph.draft_block import block_inputs, block_tokens
+from dspark_export.graph.draft_block import WIDTH, block_inputs, block_tokens, block_width
 from dspark_export.graph.head import SequentialHead
 from dspark_export.graph.layout import RaggedLayout, ragged_layout
 from dspark_export.graph.linear import FloatLinears, Int8Linears, Linears
@@ -114,22 +115,26 @@ class DrafterGraph:
         )
 
     def build_draft(self, expose_intermediates: bool = False) -> ir.Model:
-        """One round. ``expose_intermediates`` adds hidden [R, g, H], base_logits and draft_logits [R, g, Vd]."""
-        spec, tape = self._spec, self._tape
-        decoder, block = spec.decoder, spec.block_size
+        """One round. ``expose_intermediates`` adds hidden [R, m, H], base_logits and draft_logits [R, m, Vd]."""
+        spec, tape, static = self._spec, self._tape, self._standard is not None
+        decoder, block = spec.decoder, spec.block_size if static else WIDTH
         requests, slots = self._requests, self._slots
         anchors = graph_input("anchors", _INT, (requests,))
         block_rows = graph_input("block_rows", _INT, (requests,))
         starts = graph_input("starts", _INT, (requests,))
         query_index = graph_input("query_index", _INT, (slots, block))
 
+        head = SequentialHead(spec, self._blocks(self._small_linears()), self._linears(anchors), requests, static)
+        width = tape.constant([spec.block_size]) if static else block_width(tape, head.uniforms)
+        slots_each = spec.block_size if static else width
+
         context = self._context()
-        layouts = self._layouts(block_rows, starts, query_index)
+        layouts = self._layouts(width, block_rows, starts, query_index)
         linears = self._linears(layouts[0].position_ids)
         blocks = self._blocks(linears)
         index = self._dialect.join(context.index, layouts[0].placement)
         embedding = self._dialect.shared(SHARED_EMBEDDING, (decoder.vocab_size, decoder.hidden_size))
-        residual = blocks.embed(embedding, block_tokens(tape, spec, anchors))  # [R*g, H]
+        residual = blocks.embed(embedding, block_tokens(tape, spec, anchors, width))  # [R*m, H]
         normed = blocks.norm(residual, "layers.0.input_layernorm.weight")
         written = []
         for layer, layout in enumerate(layouts):
@@ -149,17 +154,16 @@ class DrafterGraph:
             following = "norm.weight" if last else f"layers.{layer + 1}.input_layernorm.weight"
             normed, residual = blocks.after_mlp(prefix, blocks.mlp(prefix, normed), residual, following)
 
-        base = tape.reshape(blocks.cap(self._base_logits(normed, linears)), (-1, block, spec.draft_vocab_size))
-        hidden = tape.reshape(normed, (-1, block, decoder.hidden_size))
-        head = SequentialHead(spec, self._blocks(self._small_linears()), self._linears(anchors), requests)
-        drawn = head.build(anchors, hidden, base)
+        base = tape.reshape(blocks.cap(self._base_logits(normed, linears)), (-1, slots_each, spec.draft_vocab_size))
+        hidden = tape.reshape(normed, (-1, slots_each, decoder.hidden_size))
+        drawn = head.build(anchors, hidden, base, width, with_logits=expose_intermediates)
         outputs = [
             graph_output(drawn.tokens, "tokens", _INT, (requests, block)),
             graph_output(drawn.candidates, "candidates", _INT, (requests, block, head.num_candidates)),
             graph_output(drawn.probabilities, "probabilities", _FLOAT, (requests, block, head.num_candidates)),
             graph_output(drawn.confidence, "confidence_logits", _FLOAT, (requests, block)),
         ]
-        if expose_intermediates:
+        if drawn.logits is not None:
             outputs += [
                 graph_output(tape.to_float(hidden), "hidden", _FLOAT, (requests, block, decoder.hidden_size)),
                 graph_output(tape.to_float(base), "base_logits", _FLOAT, (requests, block, spec.draft_vocab_size)),
@@ -172,7 +176,7 @@ class DrafterGraph:
         return tape.model("drafter", given, [*outputs, *written], {"dspark.stage": "drafter"})
 
     def _base_logits(self, normed: ir.Value, linears: Linears) -> ir.Value:
-        """U, [R*g, Vd], by the target's LM head."""
+        """U, [R*m, Vd], by the target's LM head."""
         tape, vocab, hidden = self._tape, self._spec.draft_vocab_size, self._spec.decoder.hidden_size
         if isinstance(linears, Int8Linears):
             weight = tape.shared(SHARED_HEAD, (hidden, vocab), ir.DataType.INT8)
@@ -220,20 +224,22 @@ class DrafterGraph:
             written.append(graph_output(cache, f"{kind}_cache_{layer}_out", self._tape.compute, self._cache_shape))
         return written[0], written[1]
 
-    def _layouts(self, block_rows: ir.Value, starts: ir.Value, query_index: ir.Value) -> list[RaggedLayout]:
+    def _layouts(
+        self, width: ir.Value, block_rows: ir.Value, starts: ir.Value, query_index: ir.Value
+    ) -> list[RaggedLayout]:
         """Where the block is and what it sees, of every layer; layers with the same window share one."""
         spec, made = self._spec, dict[int | None, RaggedLayout]()
         for attention in spec.decoder.layer_attentions:
             if attention.window not in made:
                 causal = spec.causal_windows and attention.window is not None
-                inputs = block_inputs(self._tape, spec.block_size, block_rows, starts, query_index, causal)
+                inputs = block_inputs(self._tape, width, block_rows, starts, query_index, causal)
                 made[attention.window] = ragged_layout(self._dialect, inputs, attention, self._caches[0])
         return [made[attention.window] for attention in spec.decoder.layer_attentions]
 
     def _project(
         self, blocks: Blocks, prefix: str, normed: ir.Value, layout: RaggedLayout
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Queries [S, Hkv, G*g, D], keys and values [R*g, Hkv, D] of the block rows."""
+        """Queries [S, Hkv, G*m, D], keys and values [R*m, Hkv, D] of the block rows."""
         tape, attention = self._tape, self._spec.decoder.attention
         joined, value = blocks.query_key_value(prefix, attention, normed)
         width = (attention.num_heads + attention.num_kv_heads) * attention.head_dim

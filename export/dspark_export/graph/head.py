@@ -1,4 +1,4 @@
-"""The sequential head, unrolled: Markov bias, draw and confidence of every slot, left to right (DESIGN)."""
+"""The sequential head: Markov bias, draw and confidence of every slot, left to right (DESIGN)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.graph.blocks import Blocks
+from dspark_export.graph.draft_block import WIDTH
 from dspark_export.graph.linear import Linears
 from dspark_export.graph.tape import graph_input
 
@@ -22,65 +23,111 @@ class Drawn:
     """What the head produced for a block."""
 
     tokens: ir.Value
-    """int64 [R, g]: target token ids."""
+    """int64 [R, m]: target token ids."""
     candidates: ir.Value
-    """int64 [R, g, K]: target token ids that could have been drawn, most probable first."""
+    """int64 [R, m, K]: target token ids that could have been drawn, most probable first."""
     probabilities: ir.Value
-    """float32 [R, g, K]: with which probability each was drawn; sums to 1."""
+    """float32 [R, m, K]: with which probability each was drawn; sums to 1."""
     confidence: ir.Value
-    """float32 [R, g]: logits of the acceptance probability; large where the drafter has no confidence head."""
-    logits: ir.Value
-    """float32 [R, g, Vd]: U_k + B_k."""
+    """float32 [R, m]: logits of the acceptance probability; large where the drafter has no confidence head."""
+    logits: ir.Value | None = None
+    """float32 [R, m, Vd]: U_k + B_k, where asked for."""
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """What the slots of a block read."""
+
+    hidden: ir.Value
+    base: ir.Value
+    first: ir.Value
+    """W1 [V, r]"""
+    to_target: ir.Value | None
+    """[Vd]: target ids of the drafter's tokens, where it has fewer."""
+    with_logits: bool
+    """Whether all logits of a slot are wanted, too."""
 
 
 class SequentialHead:
-    """Builds the head on the blocks' tape."""
+    """Builds the head on the blocks' tape: a loop over as many slots as there are uniforms, or, where ``unrolled``,
+    every slot of a whole block one after another."""
 
-    def __init__(self, spec: DrafterSpec, blocks: Blocks, vocabulary: Linears, requests: str = "R") -> None:
+    def __init__(
+        self, spec: DrafterSpec, blocks: Blocks, vocabulary: Linears, requests: str = "R", unrolled: bool = False
+    ) -> None:
         """``vocabulary`` builds the one large product, W2; what is small stays in the compute dtype.
         ``requests`` names their dimension."""
         self._spec = spec
         self._blocks = blocks
         self._vocabulary = vocabulary
         self._tape = blocks.tape
+        self._unrolled = unrolled
         self.num_candidates = min(MAX_CANDIDATES, spec.draft_vocab_size)
-        self._uniforms = graph_input("uniforms", ir.DataType.FLOAT, (requests, spec.block_size))
+        self.uniforms = graph_input(
+            "uniforms", ir.DataType.FLOAT, (requests, spec.block_size if unrolled else WIDTH)
+        )  # fmt: skip
         self._temperature = graph_input("temperature", ir.DataType.FLOAT, (requests,))
         self._top_k = graph_input("top_k", ir.DataType.INT64, (requests,))
         self._top_p = graph_input("top_p", ir.DataType.FLOAT, (requests,))
         self._min_p = graph_input("min_p", ir.DataType.FLOAT, (requests,))
 
+        self._columns: dict[ir.Value, ir.Value] = {}
+
     @property
     def inputs(self) -> list[ir.Value]:
-        """uniforms float32 [R, g] in [0, 1); temperature > 0, top_k >= 1, top_p and min_p [R]. Greedy means top_k 1."""
-        return [self._uniforms, self._temperature, self._top_k, self._top_p, self._min_p]
+        """uniforms float32 [R, m] in [0, 1); temperature > 0, top_k >= 1, top_p and min_p [R]. Greedy means top_k 1."""
+        return [self.uniforms, self._temperature, self._top_k, self._top_p, self._min_p]
 
-    def build(self, anchors: ir.Value, hidden: ir.Value, base: ir.Value) -> Drawn:
-        """Unroll over ``hidden`` [R, g, H] and ``base`` logits [R, g, Vd], starting from ``anchors`` [R]."""
+    def build(
+        self, anchors: ir.Value, hidden: ir.Value, base: ir.Value, width: ir.Value, with_logits: bool = False
+    ) -> Drawn:
+        """Over ``hidden`` [R, m, H] and ``base`` logits [R, m, Vd], m = ``width`` (int64 [1]), from ``anchors`` [R]."""
         spec, tape = self._spec, self._tape
         rank, vocab = spec.markov_rank, spec.decoder.vocab_size
         first = self._blocks.matrix("markov_head.markov_w1.weight", vocab, rank)
         to_target = None
         if spec.draft_vocab_size != vocab:
             to_target = tape.table("d2t", self._blocks.weights.read("d2t").astype(np.int64))
-        steps: list[tuple[ir.Value, ...]] = []
-        previous, state = anchors, self._initial_state(anchors)
-        for slot in range(spec.block_size):
-            pick = tape.constant(slot)
-            h = tape.op("Gather", hidden, pick, axis=1)  # [R, H]
-            u = tape.op("Gather", base, pick, axis=1)  # [R, Vd]
-            e = tape.op("Gather", first, previous, axis=0)  # [R, r]
-            confidence = self._confidence(h, e)
-            mixed, state = self._mix(h, e, state)
-            bias = self._vocabulary.apply(mixed, ("markov_head.markov_w2",), rank, bias=False)
-            logits = tape.to_float(tape.op("Add", u, bias))
-            previous, candidates, probabilities = self._draw(logits, slot, to_target)
-            steps.append((previous, candidates, probabilities, confidence, logits))
-        stacked = [
+        slots = _Slots(hidden, base, first, to_target, with_logits)
+        state = self._initial_state(anchors)
+        carried = [anchors] if state is None else [anchors, state]
+        stacked = self._one_by_one(slots, carried) if self._unrolled else self._looped(slots, carried, width)
+        return Drawn(*stacked)
+
+    def _one_by_one(self, slots: _Slots, carried: list[ir.Value]) -> list[ir.Value]:
+        tape, steps = self._tape, []
+        for slot in range(self._spec.block_size):
+            carried, drawn = self._slot(slots, tape.constant(slot), carried)
+            steps.append(drawn)
+        return [
             tape.op("Concat", *(tape.op("Unsqueeze", value, tape.constant([1])) for value in column), axis=1)
             for column in zip(*steps, strict=True)
         ]
-        return Drawn(*stacked)
+
+    def _looped(self, slots: _Slots, carried: list[ir.Value], width: ir.Value) -> list[ir.Value]:
+        gathered = self._tape.loop(width, carried, lambda place, before: self._slot(slots, place, before))
+        by_slot = gathered[len(carried) :]
+        return [
+            self._tape.op("Transpose", value, perm=[1, 0, *range(2, rank)])
+            for value, rank in zip(by_slot, (2, 3, 3, 2, 3), strict=False)
+        ]
+
+    def _slot(
+        self, slots: _Slots, place: ir.Value, carried: list[ir.Value]
+    ) -> tuple[list[ir.Value], tuple[ir.Value, ...]]:
+        """What the next slot is told, and token [R], candidates and probabilities [R, K], confidence [R]; logits."""
+        tape, previous, state = self._tape, carried[0], carried[1] if len(carried) > 1 else None
+        h = tape.op("Gather", slots.hidden, place, axis=1)  # [R, H]
+        u = tape.op("Gather", slots.base, place, axis=1)  # [R, Vd]
+        e = tape.op("Gather", slots.first, previous, axis=0)  # [R, r]
+        confidence = self._confidence(h, e)
+        mixed, state = self._mix(h, e, state)
+        bias = self._vocabulary.apply(mixed, ("markov_head.markov_w2",), self._spec.markov_rank, bias=False)
+        logits = tape.to_float(tape.op("Add", u, bias))
+        token, candidates, probabilities = self._draw(logits, place, slots.to_target)
+        following = [token] if state is None else [token, state]
+        drawn = (token, candidates, probabilities, confidence)
+        return following, (*drawn, logits) if slots.with_logits else drawn
 
     def _initial_state(self, anchors: ir.Value) -> ir.Value | None:
         if self._spec.head != "rnn":
@@ -89,6 +136,7 @@ class SequentialHead:
             "Concat", self._tape.op("Shape", anchors), self._tape.constant([self._spec.markov_rank]), axis=0
         )
         state: ir.Value = self._tape.op("Expand", self._tape.number(0.0), shape)
+        state.dtype, state.shape = self._tape.compute, ir.Shape((None, self._spec.markov_rank))
         return state
 
     def _mix(self, h: ir.Value, e: ir.Value, state: ir.Value | None) -> tuple[ir.Value, ir.Value | None]:
@@ -125,7 +173,7 @@ class SequentialHead:
         return flat
 
     def _draw(
-        self, logits: ir.Value, slot: int, to_target: ir.Value | None
+        self, logits: ir.Value, place: ir.Value, to_target: ir.Value | None
     ) -> tuple[ir.Value, ir.Value, ir.Value]:  # fmt: skip
         """Token [R], candidates and their probabilities [R, K], by inverse CDF of one uniform each.
 
@@ -135,25 +183,25 @@ class SequentialHead:
         column, one = tape.constant([1]), tape.constant(1.0, np.float32)
         best, index = tape.op("TopK", logits, tape.constant([count]), outputs=2, axis=1)
         candidates = index if to_target is None else tape.op("Gather", to_target, index, axis=0)
-        scaled = tape.op("Div", best, tape.op("Unsqueeze", self._temperature, column))
+        scaled = tape.op("Div", best, self._column(self._temperature))
         weights = tape.op("Softmax", scaled, axis=1)
         largest = tape.op("Slice", weights, tape.constant([0]), tape.constant([1]), column)
-        threshold = tape.op("Mul", largest, tape.op("Unsqueeze", self._min_p, column))
+        threshold = tape.op("Mul", largest, self._column(self._min_p))
         rank = tape.constant(np.arange(count).reshape(1, count))
         keep = tape.op(
             "And",
             tape.op("GreaterOrEqual", weights, threshold),
-            tape.op("Less", rank, tape.op("Unsqueeze", self._top_k, column)),
+            tape.op("Less", rank, self._column(self._top_k)),
         )
         weights = tape.op("Mul", weights, tape.op("Cast", keep, to=ir.DataType.FLOAT))
         total = tape.op("ReduceSum", weights, column, keepdims=1)
         before = tape.op("CumSum", weights, tape.constant(1), exclusive=1)
-        nucleus = tape.op("Mul", total, tape.op("Unsqueeze", self._top_p, column))
+        nucleus = tape.op("Mul", total, self._column(self._top_p))
         inside = tape.op("Less", before, nucleus)
         weights = tape.op("Mul", weights, tape.op("Cast", inside, to=ir.DataType.FLOAT))
         probabilities = tape.op("Div", weights, tape.op("ReduceSum", weights, column, keepdims=1))
 
-        uniform = tape.op("Unsqueeze", tape.op("Gather", self._uniforms, tape.constant(slot), axis=1), column)
+        uniform = tape.op("Unsqueeze", tape.op("Gather", self.uniforms, place, axis=1), column)
         cumulated = tape.op("CumSum", probabilities, tape.constant(1))
         passed = tape.op("Cast", tape.op("LessOrEqual", cumulated, uniform), to=ir.DataType.FLOAT)
         # The sum may round to just below 1: a uniform above it must not reach a token of probability 0.
@@ -164,3 +212,9 @@ class SequentialHead:
         place = tape.op("Min", tape.op("ReduceSum", passed, column, keepdims=1), last)
         chosen = tape.op("GatherElements", candidates, tape.op("Cast", place, to=ir.DataType.INT64), axis=1)
         return tape.op("Squeeze", chosen, column), candidates, probabilities
+
+    def _column(self, each: ir.Value) -> ir.Value:
+        """[R] as [R, 1], made once for all slots."""
+        if each not in self._columns:
+            self._columns[each] = self._tape.outside("Unsqueeze", each, self._tape.constant([1]))
+        return self._columns[each]

@@ -144,8 +144,8 @@ class Int8Linears:
         columns = _columns(self.weights, names, divisors)
         if fused not in self._scales:
             self._scales[fused] = self.tape.table(f"{fused}.scales", scales / columns)
-        # In an unrolled loop each product has a copy of its own: ONNX Runtime's rewrite for processors without VNNI
-        # fails where two share a matrix.
+        # Where a product is built several times each has a copy of its own: ONNX Runtime's rewrite for processors
+        # without VNNI fails where two share a matrix.
         self._copies[fused] += 1
         weight = self.tape.stored(
             f"{fused}.weight.int8.{self._copies[fused]}",
@@ -202,8 +202,8 @@ class Int8Linears:
     def _zeros(self) -> ir.Value:
         """uint8 [B], made once for all products of these rows."""
         if not self._zero_points:
-            shape = self.tape.op("Shape", self.rows, start=0, end=1)
-            self._zero_points.append(self.tape.op("Expand", self.tape.constant(_ZERO_POINT, np.uint8), shape))
+            shape = self.tape.outside("Shape", self.rows, start=0, end=1)
+            self._zero_points.append(self.tape.outside("Expand", self.tape.constant(_ZERO_POINT, np.uint8), shape))
         return self._zero_points[0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +23,9 @@ STANDARD_IR_VERSION = 11
 _INLINE_BYTES = 256
 """Smaller tensors stay in the graph's own file."""
 
+LoopBody: TypeAlias = Callable[[ir.Value, list[ir.Value]], tuple[Sequence[ir.Value], Sequence[ir.Value]]]
+"""(which turn this is, int64 []; what the turn before left) -> (what this one leaves, what it adds to the gathered)."""
+
 _STORAGE = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
@@ -40,7 +43,7 @@ class GraphTape:
     def __init__(self, weight_dtype: str, standard_opset: int | None = None) -> None:
         """Computes in float32 whatever weights are stored in; with ``standard_opset`` in the weights' dtype, by
         operators of that version of the ONNX standard alone."""
-        self._tape = ir.tape.Tape()
+        self._outer = self._tape = ir.tape.Tape()
         self._weight_dtype = weight_dtype
         self._opsets = {"": OPSET, CONTRIB: 1} if standard_opset is None else {"": standard_opset}
         self.compute = ir.DataType.FLOAT if standard_opset is None else _STORAGE[weight_dtype]
@@ -54,13 +57,17 @@ class GraphTape:
             return self._tape.op(op_type, inputs, attributes, domain=domain)
         return self._tape.op_multi_out(op_type, inputs, attributes, domain=domain, num_outputs=outputs)
 
+    def outside(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        """A node outside of the loop that is being built, if any: made once, and for whoever asks next."""
+        return self._outer.op(op_type, inputs, attributes)
+
     def constant(self, values: Any, dtype: Any = np.int64) -> ir.Value:
         """A small constant, shared where the same one was asked for before."""
         array = np.asarray(values, dtype=dtype)
         key = (str(array.dtype), array.tobytes(), array.shape)
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
-            self._constants[key] = self._tape.initializer(ir.tensor(array, name=name))
+            self._constants[key] = self._outer.initializer(ir.tensor(array, name=name))
         return self._constants[key]
 
     def number(self, value: float | NDArray[Any]) -> ir.Value:
@@ -83,7 +90,7 @@ class GraphTape:
 
     def table(self, name: str, array: NDArray[Any]) -> ir.Value:
         """A computed array, kept in its own dtype."""
-        return self._tape.initializer(ir.tensor(array, name=name))
+        return self._outer.initializer(ir.tensor(array, name=name))
 
     def weight(self, name: str, shape: Sequence[int], read: Callable[[], NDArray[Any]]) -> ir.Value:
         """A checkpoint's tensor in the storage dtype, cast to float32 where that is another one; once for each name."""
@@ -100,16 +107,16 @@ class GraphTape:
                 )
             return ir.Tensor(array, name=name)
 
-        value = self._tape.initializer(ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name))
+        value = self._outer.initializer(ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name))
         if dtype != self.compute:
-            value = self.op("Cast", value, to=self.compute)
+            value = self.outside("Cast", value, to=self.compute)
         self._weights[name] = value
         return value
 
     def stored(self, name: str, shape: Sequence[int], dtype: ir.DataType, read: Callable[[], NDArray[Any]]) -> ir.Value:
         """An array that is computed when the graph is saved, in the dtype it has; once for each name."""
         if name not in self._weights:
-            self._weights[name] = self._tape.initializer(
+            self._weights[name] = self._outer.initializer(
                 ir.LazyTensor(lambda: ir.Tensor(read(), name=name), dtype=dtype, shape=ir.Shape(shape), name=name)
             )
         return self._weights[name]
@@ -118,12 +125,43 @@ class GraphTape:
         """An initializer without data: whoever loads the graph provides it under this name."""
         size = dtype.itemsize * int(np.prod(shape))
         tensor = ir.ExternalTensor(SHARED_LOCATION, 0, int(size), dtype, shape=ir.Shape(shape), name=name, base_dir="")
-        return self._tape.initializer(tensor)
+        return self._outer.initializer(tensor)
 
-    def reshape(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
-        """Reshape to a shape of constants, at most one of them -1; 0 keeps the input's size there."""
-        reshaped: ir.Value = self.op("Reshape", value, self.constant(shape))
+    def reshape(self, value: ir.Value, shape: Sequence[int | ir.Value]) -> ir.Value:
+        """Reshape to sizes, at most one of them -1; 0 keeps the input's size there. A value is int64 [1]."""
+        wanted: ir.Value
+        if all(isinstance(size, int) for size in shape):
+            wanted = self.constant(shape)
+        else:
+            sizes = (self.constant([size]) if isinstance(size, int) else size for size in shape)
+            wanted = self.op("Concat", *sizes, axis=0)
+        reshaped: ir.Value = self.op("Reshape", value, wanted)
         return reshaped
+
+    def loop(self, count: ir.Value, carried: Sequence[ir.Value], body: LoopBody) -> list[ir.Value]:
+        """Run ``body`` ``count`` times (int64 [1]). Returns what the last one left, then what they gathered, stacked.
+
+        The body may use any value of the outer graph.
+        """
+        place = graph_input("place", ir.DataType.INT64, ())
+        going = graph_input("going", ir.DataType.BOOL, ())
+        before = [
+            ir.val(f"carried_{index}", dtype=value.dtype, shape=value.shape) for index, value in enumerate(carried)
+        ]
+        self._tape = inner = ir.tape.Tape()
+        try:
+            after, gathered = body(place, before)
+            leaving = [self.op("Identity", going), *(self.op("Identity", value) for value in (*after, *gathered))]
+        finally:
+            self._tape = self._outer
+        # A body's names must differ from those of the graph around it, which are numbers of its own.
+        for number, node in enumerate(inner.nodes):
+            node.name = f"body_{number}_{node.op_type}"
+            for index, output in enumerate(node.outputs):
+                output.name = f"{node.name}_{index}"
+        graph = ir.Graph([place, going, *before], leaving, nodes=inner.nodes, name="body")
+        given = [self.op("Squeeze", count, self.constant([0])), None, *carried]
+        return list(self.op("Loop", *given, body=graph, outputs=len(leaving) - 1))
 
     def model(
         self, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], metadata: Mapping[str, str]

@@ -31,7 +31,7 @@ from dspark_export.graph.deepseek_v4.layer import decoder_layer
 from dspark_export.graph.deepseek_v4.parts import Parts
 from dspark_export.graph.deepseek_v4.place import Place, place, rope_tables
 from dspark_export.graph.deepseek_v4.rotation import rotation
-from dspark_export.graph.draft_block import block_inputs, block_tokens
+from dspark_export.graph.draft_block import WIDTH, block_inputs, block_tokens, block_width
 from dspark_export.graph.head import SequentialHead
 from dspark_export.graph.linear import FloatLinears
 from dspark_export.graph.ort_dialect import OrtDialect
@@ -93,18 +93,22 @@ class DeepSeekDrafterGraph:
         return self._parts.tape.model("drafter_context", inputs, written, {"dspark.stage": "drafter"})
 
     def build_draft(self, expose_intermediates: bool = False) -> ir.Model:
-        """One round. ``expose_intermediates`` adds hidden [R, g, H], base_logits and draft_logits [R, g, V]."""
+        """One round. ``expose_intermediates`` adds hidden [R, m, H], base_logits and draft_logits [R, m, V]."""
         parts, spec, tape, dialect = self._parts, self._spec, self._parts.tape, self._parts.dialect
-        vocab, hidden, block = self._decoder.vocab_size, self._decoder.hidden_size, spec.block_size
+        vocab, hidden, block = self._decoder.vocab_size, self._decoder.hidden_size, WIDTH
         anchors = graph_input("anchors", _INT, ("R",))
         block_rows = graph_input("block_rows", _INT, ("R",))
         starts = graph_input("starts", _INT, ("R",))
         query_index = graph_input("query_index", _INT, ("S", block))
 
+        linears = FloatLinears(tape, parts.weights)
+        head = SequentialHead(spec, Blocks(dialect, self._decoder, parts.weights, linears), linears)
+        width = block_width(tape, head.uniforms)
+
         context = self._context()
-        where = self._place(block_rows, starts, query_index)
+        where = self._place(width, block_rows, starts, query_index)
         where = replace(where, placement=dialect.join(context.placement, where.placement))
-        tokens = block_tokens(tape, spec, anchors)
+        tokens = block_tokens(tape, spec, anchors, width)
         streams = expand(parts, tape.op("Gather", dialect.shared(SHARED_EMBEDDING, (vocab, hidden)), tokens, axis=0))
         written = []
         for layer, halves in enumerate(context.halves):
@@ -114,20 +118,19 @@ class DeepSeekDrafterGraph:
         joined = join(parts, streams)
         normed = parts.norm(joined, "norm", hidden)
         logits = tape.op("Gemm", normed, dialect.shared(SHARED_HEAD, (vocab, hidden)), transB=1)
-        base = tape.reshape(logits, (-1, block, vocab))
-
-        linears = FloatLinears(tape, parts.weights)
-        head = SequentialHead(spec, Blocks(dialect, self._decoder, parts.weights, linears), linears)
+        base = tape.reshape(logits, (-1, width, vocab))
         # A vanilla head reads no hidden state, so that this one is the confidence head's.
-        drawn = head.build(anchors, tape.reshape(joined, (-1, block, hidden)), base)
+        drawn = head.build(
+            anchors, tape.reshape(joined, (-1, width, hidden)), base, width, with_logits=expose_intermediates
+        )
         outputs = [
             graph_output(drawn.tokens, "tokens", _INT, ("R", block)),
             graph_output(drawn.candidates, "candidates", _INT, ("R", block, head.num_candidates)),
             graph_output(drawn.probabilities, "probabilities", _FLOAT, ("R", block, head.num_candidates)),
             graph_output(drawn.confidence, "confidence_logits", _FLOAT, ("R", block)),
         ]
-        if expose_intermediates:
-            shaped = tape.reshape(normed, (-1, block, hidden))
+        if drawn.logits is not None:
+            shaped = tape.reshape(normed, (-1, width, hidden))
             outputs += [
                 graph_output(shaped, "hidden", _FLOAT, ("R", block, hidden)),
                 graph_output(base, "base_logits", _FLOAT, ("R", block, vocab)),
@@ -149,12 +152,12 @@ class DeepSeekDrafterGraph:
             parts.dialect.placement(self._context_rows, self._context_positions, 1),
         )
 
-    def _place(self, block_rows: ir.Value, starts: ir.Value, query_index: ir.Value) -> Place:
+    def _place(self, width: ir.Value, block_rows: ir.Value, starts: ir.Value, query_index: ir.Value) -> Place:
         decoder = self._decoder
         assert decoder.attention.window is not None
         return place(
             self._parts.dialect,
-            block_inputs(self._parts.tape, self._spec.block_size, block_rows, starts, query_index),
+            block_inputs(self._parts.tape, width, block_rows, starts, query_index),
             self._caches[0],
             decoder.attention.window,
             self._tables,
