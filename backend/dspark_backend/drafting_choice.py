@@ -12,9 +12,9 @@ from dspark_backend.round_cost import RoundCost
 from dspark_backend.sequence import SequenceState
 from dspark_backend.stages.batch import IntArray
 
-_HOPE = 0.5
-"""Power of the mean survival by which a sequence that has not drafted yet is judged: good texts are to be found, but
-not where even they would not pay."""
+_UNTRIED = 4
+"""Sequences that have not drafted yet do so along with others, or when they are one in so many of the batch: a trial
+makes the step longer for everybody, whoever and how many are tried."""
 _MARGIN = 1.1
 """What drafting must be expected to bring at least: the cost model knows neither the host's work for drafts nor the
 rows that a prompt adds to the drafter's cache."""
@@ -23,8 +23,10 @@ _PROBE_EVERY = 48
 _PROBE_ALONG = 24
 """Rounds after which it does so along with one that is due: one drafting round of many costs less than many of one."""
 _DECIDE_EVERY = 4
-"""Rounds for which it is not asked again who should draft. In the first of them a slot more is drafted than may be
-verified: without ever looking there, nothing would tell when going deeper pays."""
+"""Rounds for which it is not asked again who should draft."""
+_LOOK_EVERY = 12
+"""Rounds after which a slot more is drafted than may be verified: without ever looking there, nothing would tell when
+going deeper pays."""
 _DEPTHS = (1, 2, 3, 5)
 """Depths that are tried beside whole blocks."""
 
@@ -49,6 +51,7 @@ class DraftingChoice:
         self._cost = cost
         self._block_size = block_size
         self._decided: _Decision | None = None
+        self._rounds = 0
 
     def choose(
         self, running: Sequence[SequenceState], limits: IntArray, capacity: int, prior: Survival | None
@@ -66,9 +69,9 @@ class DraftingChoice:
         static = [int(limits[row]) for row in able if not running[row].prepared.policy.adaptive]
         gainful = self._gainful(running, adaptive, limits, capacity, prior, max(static, default=0))
         rows, depth, width = set(gainful.rows), gainful.depth, gainful.width
-        idle = {row: running[row].draft.idle_rounds for row in adaptive if row not in rows}
-        if any(rounds >= _PROBE_EVERY for rounds in idle.values()):
-            rows |= {row for row, rounds in idle.items() if rounds >= _PROBE_ALONG}
+        probing = _probing(running, [row for row in adaptive if row not in rows], bool(rows))
+        if probing:
+            rows |= probing
             # Their confidences are what is wanted.
             depth = max(depth, 1 if self._cost.depth_costs(len(running), capacity) else self._block_size)
             width = max(width, self._deeper(depth))
@@ -93,14 +96,16 @@ class DraftingChoice:
             if prior is None:
                 return Chosen(adaptive, self._block_size, self._block_size)  # nothing is known yet: find out
             curves = [running[row].draft.expected for row in adaptive]
-            expected = np.array([prior**_HOPE if curve is None else curve for curve in curves])
+            expected = np.array([prior if curve is None else curve for curve in curves])
             found = most_gainful(expected, limits[adaptive], len(running), capacity, self._cost, floor)
             self._decided = _Decision(key, found)
-        first, chosen = self._decided.rounds == 0, self._decided.chosen
+        chosen = self._decided.chosen
         self._decided.rounds += 1
+        self._rounds += 1
+        look = self._rounds % _LOOK_EVERY == 0
         # Rows of the batch are others when a sequence of another policy has come or gone: places among these are not.
         rows = [adaptive[place] for place in chosen.rows]
-        return Chosen(rows, chosen.depth, self._deeper(chosen.depth) if first else chosen.depth)
+        return Chosen(rows, chosen.depth, self._deeper(chosen.depth) if look else chosen.depth)
 
 
 def most_gainful(
@@ -138,6 +143,17 @@ def most_gainful(
             if throughput > best:
                 best, chosen = throughput, Chosen(sorted(rows.tolist()), depth, depth)
     return chosen
+
+
+def _probing(running: Sequence[SequenceState], resting: list[int], others: bool) -> set[int]:
+    """Which of those that are not expected to gain draft nevertheless, to find out. ``others``: some draft anyway."""
+    idle = {row: running[row].draft.idle_rounds for row in resting}
+    due = any(rounds >= _PROBE_EVERY for rounds in idle.values())
+    found = {row for row, rounds in idle.items() if due and rounds >= _PROBE_ALONG}
+    untried = {row for row in resting if running[row].draft.expected is None}
+    if others or found or _UNTRIED * len(untried) >= len(running):
+        found |= untried
+    return found
 
 
 @dataclass

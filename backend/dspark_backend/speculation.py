@@ -35,7 +35,9 @@ _FLUSH_ROWS = 256
 _SETTLE_EVERY = 16
 """Blocks that are compared with their predictions at once: it is a number for a dashboard, and costs 0.1 ms."""
 _MEMORY = 0.8
-"""Weight of the past in a sequence's running survival."""
+"""Weight of the past in running means of survival."""
+_DOUBT = 0.5
+"""Weight of everybody's mean beside the first curve of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -267,9 +269,10 @@ class Speculator:
         for sequence, curve in zip(drafting, survival, strict=True):
             state = sequence.draft
             state.recent.append(curve)
-            state.expected = _blend(state.expected, curve)
-            self._prior = _blend(self._prior, curve)
+            # A first curve alone says little: those that look best by chance would be taken.
+            state.expected = _blend(self._known(sequence), curve, _MEMORY if state.expected is not None else _DOUBT)
+            self._prior = curve if self._prior is None else _blend(self._prior, curve, _MEMORY)
 
 
-def _blend(past: Survival | None, now: Survival) -> Survival:
-    return now if past is None else _MEMORY * past + (1 - _MEMORY) * now
+def _blend(past: Survival, now: Survival, memory: float) -> Survival:
+    return memory * past + (1 - memory) * now

@@ -160,13 +160,16 @@ def test_static_policies_draft_always_and_all_before_anything_is_known():
     assert choose(choice, [fixed], room=[0]).rows == []
 
 
-def test_new_ones_are_tried_where_good_ones_would_pay():
-    middling, new = np.array([0.5, 0.3, 0.2, 0.1]), Running(1, "causal")
-    known = Running(2, "causal", middling)
-    times = cost(0.1, 0.6)
-    assert choose(DraftingChoice(times, BLOCK), [known], prior=middling).rows == []
-    assert choose(DraftingChoice(times, BLOCK), [new], prior=middling).rows == [0]
-    assert choose(DraftingChoice(cost(0.5, 0.5), BLOCK), [new], prior=middling).rows == []
+def test_new_ones_are_tried_along_with_others_or_when_a_quarter_of_the_batch_is_new():
+    dear, cheap = cost(0.5, 0.5), cost(0.05, 0.1)
+    known = [Running(number, "causal", BAD) for number in range(6)]
+    new = [Running(10 + number, "lagged") for number in range(2)]
+    assert choose(DraftingChoice(dear, BLOCK), known[:3] + new[:1]) == Chosen([3], BLOCK, BLOCK)
+    assert choose(DraftingChoice(dear, BLOCK), known[:4] + new[:1]).rows == []
+    assert choose(DraftingChoice(dear, BLOCK), known + new).rows == [6, 7]
+    good = Running(20, "causal", GOOD)
+    assert choose(DraftingChoice(cheap, BLOCK), [*known, good, new[0]]).rows == [6, 7]
+    assert choose(DraftingChoice(cheap, BLOCK), [*known, good]).rows == [6]
 
 
 def test_who_rested_long_looks_again_along_with_those_that_rested_half_as_long():
@@ -181,8 +184,8 @@ def test_now_and_then_a_slot_more_is_drafted_than_may_be_verified():
     falling = np.array([0.9, 0.3, 0.1, 0.05])
     running = [Running(number, "causal", falling) for number in range(16)]
     choice = DraftingChoice(cost(0.03, 0.002, slot=0.03), BLOCK)
-    rounds = [choose(choice, running) for _ in range(8)]
-    assert [one.width for one in rounds] == [2, 1, 1, 1, 2, 1, 1, 1]
+    rounds = [choose(choice, running) for _ in range(24)]
+    assert [one.width for one in rounds] == ([1] * 11 + [2]) * 2
     assert {one.depth for one in rounds} == {1}
 
 

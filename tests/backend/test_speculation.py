@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import artifacts
@@ -93,12 +94,31 @@ def test_policies_of_requests_in_one_batch(speculating):
     assert usages[-1].verified_draft_tokens <= 2 * usages[-1].rounds
 
 
-def test_sampled_requests_are_reproducible_alone_and_in_a_batch(speculating):
-    """The static policies look at nobody else, so a seed pins the tokens themselves."""
-    wanted = ids(*prompt(1, 12), max_tokens=30, temperature=0.9, seed=7, draft_policy="fixed:3")
+@pytest.mark.parametrize("policy", ["fixed:1", "fixed:3", "threshold:0.2"])
+def test_sampled_requests_are_reproducible_alone_and_in_a_batch(speculating, policy):
+    """The static policies look at nobody else, not even for how far to draft, so a seed pins the tokens themselves."""
+    wanted = ids(*prompt(1, 12), max_tokens=30, temperature=0.9, seed=7, draft_policy=policy)
     alone = speculating().run(wanted)[0].tokens()
     batch = speculating().run(wanted, *mixed_requests(), wanted)
     assert batch[0].tokens() == batch[-1].tokens() == alone
+
+
+@pytest.mark.parametrize(("policy", "width"), [("fixed:1", 1), ("fixed:3", 3), ("fixed:64", 7), ("threshold:0.2", 7)])
+def test_nobody_drafts_what_nobody_verifies(speculating, policy, width):
+    driver = speculating(policy=policy)
+    usage = driver.run(golden_request("qwen3_vanilla")[0])[0].deltas[-1].usage
+    assert usage.draft_tokens % width == 0 and usage.draft_tokens // width in (usage.rounds, usage.rounds - 1)
+    assert {record.confidence_logits.shape for record in driver.records} == {(width,)}
+
+
+def test_an_artifact_with_whole_blocks_only_drafts_whole_blocks(speculating, monkeypatch):
+    wanted, golden = golden_request("qwen3_vanilla")
+    driver = speculating(policy="fixed:1")
+    monkeypatch.setattr(driver.drafter, "_artifact", replace(driver.drafter.artifact, variable_width=False))
+    sink = driver.run(wanted)[0]
+    assert sink.tokens() == golden["greedy"].tolist()
+    assert {record.confidence_logits.shape for record in driver.records} == {(7,)}
+    assert sink.deltas[-1].usage.verified_draft_tokens <= sink.deltas[-1].usage.rounds
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 256])
