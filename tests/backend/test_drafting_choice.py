@@ -161,7 +161,7 @@ def test_static_policies_draft_always_and_all_before_anything_is_known():
 
 
 def test_new_ones_are_tried_along_with_others_or_when_a_quarter_of_the_batch_is_new():
-    dear, cheap = cost(0.5, 0.5), cost(0.05, 0.1)
+    dear, cheap = cost(0.5, 0.5), cost(0.03, 0.05)
     known = [Running(number, "causal", BAD) for number in range(6)]
     new = [Running(10 + number, "lagged") for number in range(2)]
     assert choose(DraftingChoice(dear, BLOCK), known[:3] + new[:1]) == Chosen([3], BLOCK, BLOCK)
