@@ -32,6 +32,7 @@ from dspark_export.quantization.round_model import rounded_model
 from dspark_export.quantization.texts import read_texts
 from dspark_export.source import open_weights, resolve_model
 from dspark_export.tokenizer_info import TokenizerInfo
+from dspark_export.verifier import CALIBRATION_TOKENS
 from dspark_export.weights import WeightSource
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--calibration-tokens", type=int, default=4000)
+    parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS["int4"])
     options = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(options.tokenizer))
     text = tokenizer.encode(options.text.read_text(encoding="utf-8")).ids[: options.tokens]

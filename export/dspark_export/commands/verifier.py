@@ -12,7 +12,9 @@ from dspark_export.commands.plan import show_plan
 from dspark_export.commands.progress import console, progress_bar
 from dspark_export.compare import compare_with_transformers
 from dspark_export.source import resolve_model
-from dspark_export.verifier import DEFAULT_MAX_CONTEXT, GPTQ, VerifierExport, export_verifier
+from dspark_export.verifier import CALIBRATION_TOKENS, DEFAULT_MAX_CONTEXT, GPTQ, VerifierExport, export_verifier
+
+_CALIBRATION = " or ".join(f"{tokens} for {dtype}" for dtype, tokens in CALIBRATION_TOKENS.items())
 
 
 def verifier(
@@ -31,7 +33,9 @@ def verifier(
     calibration_text: Annotated[
         Path | None, typer.Option(help="For int8 and int4: prompt file to calibrate with; default our own dialogues.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="For int8 and int4: tokens of it to calibrate with.")] = 4000,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help=f"For both: tokens of it to calibrate with; default {_CALIBRATION}.")
+    ] = None,
     check_tokens: Annotated[
         int, typer.Option(help="For both: tokens of the rest on which it is compared with float32.")
     ] = 20_000,
