@@ -17,13 +17,13 @@ import numpy as np
 import onnx
 import pytest
 from artifacts import GOLDEN, golden_taps, silent
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from standard_graphs import CAPACITY, drafter_graphs, drafter_tensors, fp8_scales, verifier_graph
 from typer.testing import CliRunner
 
 from dspark_backend.errors import ArtifactError, ConfigError
 from dspark_backend.stages.artifact import load_drafter_artifact, load_verifier_artifact
-from dspark_backend.stages.engine_contract import VERIFIER_ENGINE, Workload
+from dspark_backend.stages.engine_contract import VERIFIER_ENGINE, Profile, Range, Workload
 from dspark_backend.stages.tensorrt.limits import check_engines
 from dspark_backend.stages.tensorrt.profiles import engine_profiles
 from dspark_export.cli import app
@@ -104,6 +104,22 @@ def test_a_node_that_does_not_parse_is_named(tmp_path):
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "g.onnx")
     with pytest.raises(ExportError, match=r"cannot parse.*NonZero places"):
         build_engine(Builder("tensorrt_rtx", trt), tmp_path / "g.onnx", [], BuildSettings(BOTH), lambda _: None)
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
+def test_a_timing_cache_is_written(tmp_path):
+    """``tensorrt_rtx`` keeps nothing in it."""
+    given, found = (helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["B", 64]) for name in "xy")
+    weight = numpy_helper.from_array(np.eye(64, dtype=np.float16), "w")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [given], [found], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "g.onnx")
+    builder, profile, cache = Builder("tensorrt_rtx", trt), Profile("p", {"B": Range(1, 8, 16)}), tmp_path / "cache"
+    settings = BuildSettings(("sm86",), timing_cache=cache)
+    for before in (None, b"written by something else"):
+        if before:
+            cache.write_bytes(before)
+        assert build_engine(builder, tmp_path / "g.onnx", [profile], settings, lambda _: None)
+        assert cache.read_bytes() not in (b"", before)
 
 
 @pytest.fixture(scope="module")
