@@ -16,6 +16,7 @@ import no_personality
 import numpy as np
 import onnx
 import pytest
+import tiny_models
 from artifacts import GOLDEN, golden_taps, silent
 from onnx import TensorProto, helper, numpy_helper
 from standard_graphs import CAPACITY, drafter_graphs, drafter_tensors, fp8_scales, verifier_graph
@@ -94,6 +95,24 @@ def test_the_drafter_builds(tmp_path, form, compute, products, targets):
 def test_gemma_with_its_wide_heads_builds(tmp_path):
     data = build(verifier_graph("gemma4_vanilla", "bfloat16"), tmp_path, SMALL.verifier_profiles(), BOTH)
     assert len(data) > 100_000
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3"])
+def test_verifiers_of_the_other_families_build(tmp_path, name):
+    # TensorRT has attention kernels for multiples of 16 channels.
+    sizes = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2}
+    tiny_models.make(name, tmp_path / "model", **sizes, layer_types=tiny_models.LAYER_TYPES[1:3])
+    weights = SafetensorsFolder(tmp_path / "model")
+    form = StandardForm(CAPACITY)
+    model = VerifierGraph(describe(weights.config), weights, (0,), 128, "bfloat16", standard=form).build()
+    assert len(build(model, tmp_path, SMALL.verifier_profiles(), BOTH)) > 50_000
+
+
+@pytest.mark.parametrize("name", ["qwen3_rnn", "gemma4_vanilla"])
+def test_drafters_with_other_heads_build(tmp_path, name):
+    drafting, _ = drafter_graphs(name, "bfloat16", expose=False)
+    work = dataclasses.replace(SMALL, block_size=drafter_tensors(name).block_size)
+    assert len(build(drafting, tmp_path, work.draft_profiles(), BOTH)) > 50_000
 
 
 def test_a_node_that_does_not_parse_is_named(tmp_path):

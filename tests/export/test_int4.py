@@ -13,12 +13,15 @@ import pytest
 from artifacts import GOLDEN, GOLDEN_NAMES, golden_arrays, golden_taps, silent
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from standard_graphs import CAPACITY, Caches, open_graph, target_of, verify
 from typer.testing import CliRunner
 
 from dspark_export.cli import app
 from dspark_export.errors import ExportError
 from dspark_export.families import describe
 from dspark_export.graph.linear import fused_weight
+from dspark_export.graph.standard_form import StandardForm
+from dspark_export.graph.verifier import VerifierGraph
 from dspark_export.quantization.int4 import INT4_BLOCK, compensated_int4, nearest_int4
 from dspark_export.quantization.int4_weights import Int4Weights, RoundedSource, split_matrix
 from dspark_export.quantization.layer_pass import embedded, end_run, layer_run
@@ -164,8 +167,16 @@ def test_the_pass_beats_the_nearest_on_other_text(tmp_path):
             matrix = fused_weight(weights, fused_parts(name))
             nearest |= split_matrix(name, nearest_int4(matrix, BFLOAT16).dequantised(), weights)
         quality = model.quality
+        form = StandardForm(CAPACITY, "int4", rounded=model.weights)
+        graph = VerifierGraph(decoder, weights, (0,), 128, "float32", standard=form).build()
+        session = open_graph(graph, tmp_path, "graph.onnx")
+    # The graph for TensorRT has just these weights.
+    (expected,) = layer_by_layer(decoder, RoundedSource(weights, fitted), [text], tmp_path)
+    shared = target_of("qwen3_gated")[2]
+    logits = verify(Caches(session, slots=1), shared, [(0, 0, text)], view=len(text))["logits"]
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
     # Six layers of three products with whole blocks; the down projection's 160 channels fill none.
-    assert len(names) == 18 and not list(tmp_path.iterdir())
+    assert len(names) == 18 and {path.name for path in tmp_path.iterdir()} == {"graph.onnx", "graph.onnx.data"}
 
     def judged(arrays):
         source = RoundedSource(weights, arrays)

@@ -106,6 +106,8 @@ class StandardLinears:
         weight = tape.stored(
             f"{fused}.weight.int4", (inner, width), ir.DataType.INT4, lambda: rounded().values.astype(ml_dtypes.int4)
         )
-        columns = tape.stored(f"{fused}.scales", (inner // INT4_BLOCK, width), compute, lambda: rounded().scales)
+        columns = tape.stored(
+            f"{fused}.scales", (inner // INT4_BLOCK, width), compute, lambda: rounded().scales.astype(compute.numpy())
+        )
         dequantised: ir.Value = tape.op("DequantizeLinear", weight, columns, axis=0, block_size=INT4_BLOCK)
         return dequantised
