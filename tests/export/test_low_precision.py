@@ -77,7 +77,7 @@ def exported(uneven, tmp_path_factory):
         out = tmp_path_factory.mktemp("low") / dtype
         options = VerifierExport(
             str(uneven), out, dtype, "tensorrt", golden_taps(NAME), max_context=128, check=False,
-            calibration_tokens=1000, check_tokens=128,
+            calibration_tokens=256, check_tokens=128,
         )  # fmt: skip
         export_verifier(options, silent)
         artifact = load_verifier_artifact(out)
