@@ -70,7 +70,7 @@ class EngineConfig:
     max_prompt_bytes: int = 0
     """Longest text_input or messages; 0 takes 16 bytes for each token of the context."""
     threads: int = 0
-    """Threads of the CPU runtime; 0 takes one a core."""
+    """Threads of the CPU runtime, of which no more work than a layer has key heads; 0 takes one a core."""
     provider: str = ""
     """What ONNX Runtime runs on: cpu, cuda, or tensorrt (compiles at the first load). Default: cpu. TensorRT engines do
     not read it."""

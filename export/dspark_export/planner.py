@@ -15,8 +15,8 @@ from dspark_export.deepseek_v4 import DeepSeekV4
 from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.errors import ExportError
 from dspark_export.gpus import Gpu, check_capability
-from dspark_export.graph.standard_linear import INT4_BLOCK
 from dspark_export.parameters import Matrix, ParameterCount, context_matrices, count_drafter, count_target
+from dspark_export.quantization.int4 import INT4_BLOCK, fits_int4
 from dspark_export.tensorrt_graphs import TENSORRT_DTYPES
 
 Precision = Literal["float32", "float16", "bfloat16", "int8", "fp8", "int4"]
@@ -117,7 +117,7 @@ def matrix_bytes(matrix: Matrix, precision: Precision) -> int:
         return size + 4 * matrix.width
     if precision == "fp8" and matrix.reads == "norm":
         return size + table * matrix.width
-    if precision == "int4" and matrix.inner % INT4_BLOCK == 0 and matrix.width % 2 == 0:
+    if precision == "int4" and fits_int4(matrix.inner, matrix.width):
         return size // 2 + table * size // INT4_BLOCK
     return size * table
 

@@ -24,6 +24,7 @@ from dspark_export.graph.standard_linear import Products
 from dspark_export.graph.tape import save_graph
 from dspark_export.graph.verifier import EMBEDDING, HEAD, VerifierGraph
 from dspark_export.quantization.fp8 import norm_scale, norm_scales
+from dspark_export.quantization.int4_weights import Int4Weights
 from dspark_export.quantization.plan import fused_name
 from dspark_export.weights import WeightSource
 
@@ -55,11 +56,13 @@ def write_verifier_graph(
     dtype: str,
     directory: Path,
     progress: Callable[[float], None],
+    rounded: Int4Weights | None = None,
 ) -> tuple[TensorLocation, TensorLocation, EngineInfo]:
-    """Write graph and shared matrices. Returns where embedding and head are, and what an engine has to know."""
+    """Write graph and shared matrices; ``rounded``: for int4, products that a calibration pass rounded. Returns where
+    embedding and head are, and what an engine has to know."""
     work = Workload(max_context, block_size=_LONGEST_BLOCK)
     scales = norm_scales(decoder, weights, "model.layers.") if dtype == "fp8" else {}
-    form = StandardForm(work.capacity, _PRODUCTS.get(dtype, "plain"), scales)
+    form = StandardForm(work.capacity, _PRODUCTS.get(dtype, "plain"), scales, rounded)
     compute = COMPUTE_DTYPES[dtype]
     model = VerifierGraph(decoder, weights, taps, max_context, compute, standard=form).build()
     save_graph(_only_standard(model), directory, VERIFIER_GRAPH, progress)

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dspark_backend.stages.artifact import TensorLocation, VerifierArtifact, save_artifact
+from dspark_backend.stages.engine_contract import COMPUTE_DTYPES
 from dspark_backend.stages.onnxruntime_verifier import MODEL_FILE
 from dspark_export.check import check_verifier
 from dspark_export.decoder import Decoder
@@ -23,8 +24,10 @@ from dspark_export.graph.verifier import EMBEDDING, HEAD, VerifierGraph
 from dspark_export.hf_tokenizer import copy_tokenizer
 from dspark_export.publish import Progress, file_digests, file_sizes, published, tool_versions
 from dspark_export.quantization.calibrate import calibration
+from dspark_export.quantization.int4_weights import Int4Weights
 from dspark_export.quantization.plan import Int8Plan
 from dspark_export.quantization.quality import Quality
+from dspark_export.quantization.round_model import rounded_model
 from dspark_export.quantization.texts import read_texts
 from dspark_export.source import open_weights, resolve_model, source_hash
 from dspark_export.tensorrt_graphs import RUNTIME as TENSORRT
@@ -36,6 +39,9 @@ from dspark_export.weights.gguf_file import GgufFile
 STORED = ("float32", "float16", "bfloat16")
 """Float storages; the CPU runtime computes all of them in float32."""
 DTYPES = (*STORED, "int8")
+GPTQ, NEAREST = "gptq", "nearest"
+CALIBRATION_TOKENS = {"int8": 4000, "int4": 12_000}
+"""Rounding to 16 levels gains from more text than choosing scales does."""
 DEFAULT_MAX_CONTEXT = 8192
 HEAD_FILE = "lm_head.bf16"
 
@@ -67,10 +73,13 @@ class VerifierExport:
     max_context: int | None = None
     """None takes the model's own, at most DEFAULT_MAX_CONTEXT."""
     calibration_text: Path | None = None
-    """For int8: a prompt file; None takes the dialogues that ship with the package."""
-    calibration_tokens: int = 4000
+    """For int8 and int4: a prompt file; None takes the dialogues that ship with the package."""
+    calibration_tokens: int | None = None
+    """None takes CALIBRATION_TOKENS of the dtype."""
     check_tokens: int = 20_000
-    """For int8: tokens of other text over which the result is compared with float32."""
+    """For int8 and int4: tokens of other text over which the result is compared with float32."""
+    rounding: str = GPTQ
+    """For int4: ``gptq``, or ``nearest``, which needs no calibration and compares nothing."""
     check: bool = True
     """Whether to load the written graph and run a text through it; that takes the model's memory in float32."""
 
@@ -78,9 +87,14 @@ class VerifierExport:
         check_precision(self.runtime, self.dtype)
         if self.max_context is not None and self.max_context < 2:
             raise ExportError(f"--max-context: expected at least 2, got {self.max_context}")
+        if self.rounding not in (GPTQ, NEAREST):
+            raise ExportError(f"--rounding: expected {GPTQ} or {NEAREST}, got {self.rounding!r}")
+        if self.rounding == NEAREST and self.dtype != "int4":
+            raise ExportError(f"--rounding {NEAREST}: expected --dtype int4, got {self.dtype}")
         for option in ("calibration_tokens", "check_tokens"):
-            if getattr(self, option) < 1:
-                raise ExportError(f"--{option.replace('_', '-')}: expected at least 1, got {getattr(self, option)}")
+            given = getattr(self, option)
+            if given is not None and given < 1:
+                raise ExportError(f"--{option.replace('_', '-')}: expected at least 1, got {given}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ class ExportedVerifier:
 
     artifact: VerifierArtifact
     quality: Quality | None
-    """Of int8 against float32."""
+    """Of int8 or int4 against float32."""
 
 
 def export_verifier(options: VerifierExport, progress: Progress) -> ExportedVerifier:
@@ -115,12 +129,16 @@ def export_verifier(options: VerifierExport, progress: Progress) -> ExportedVeri
     with published(options.out) as work:
         tokenizer = _write_tokenizer(path, weights, work) or _without_tokenizer(weights)
         writer = _Writer(options, decoder, weights, taps, max_context, tokenizer, (path.name, digest), work, progress)
-        if options.dtype != "int8":
-            return ExportedVerifier(writer.write(None), None)
+        if options.dtype != "int8" and (options.dtype != "int4" or options.rounding == NEAREST):
+            return ExportedVerifier(writer.write(), None)
         texts = read_texts(
             options.calibration_text, work, tokenizer, decoder.vocab_size,
-            options.calibration_tokens, options.check_tokens, max_context,
+            options.calibration_tokens or CALIBRATION_TOKENS[options.dtype], options.check_tokens, max_context,
         )  # fmt: skip
+        if options.dtype == "int4":
+            compute = COMPUTE_DTYPES[options.dtype]
+            with rounded_model(decoder, weights, texts, compute, options.out, progress) as rounded:
+                return ExportedVerifier(writer.write(rounded=rounded.weights), rounded.quality)
         with calibration(decoder, weights, texts, options.out, progress) as calibrated:
             artifact = writer.write(calibrated.plan(progress))
             return ExportedVerifier(artifact, calibrated.quality(work, progress))
@@ -141,13 +159,13 @@ class _Writer:
     work: Path
     progress: Progress
 
-    def write(self, plan: Int8Plan | None) -> VerifierArtifact:
+    def write(self, plan: Int8Plan | None = None, rounded: Int4Weights | None = None) -> VerifierArtifact:
         decoder, tokenizer, dtype = self.decoder, self.tokenizer, self.options.dtype
         engine = None
         if self.options.runtime == TENSORRT:
             embedding, head, engine = write_verifier_graph(
                 decoder, self.weights, self.taps, self.max_context, dtype, self.work,
-                lambda done: self.progress("write weights", done),
+                lambda done: self.progress("write weights", done), rounded,
             )  # fmt: skip
         else:
             locations = save_graph(

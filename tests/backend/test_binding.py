@@ -10,6 +10,7 @@ from artifacts import golden_arrays
 
 from dspark_backend.stages import slot_arrays
 from dspark_backend.stages.batch import BatchLayout, RowMove, Segment, StepBatch
+from dspark_backend.stages.binding import exact_threads
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
 from dspark_backend.stages.slot_arrays import SlotArrays
 
@@ -19,6 +20,17 @@ NAME, SLOTS = "qwen3_vanilla", 13
 @pytest.fixture
 def stage(golden_artifacts) -> OnnxRuntimeVerifier:
     return OnnxRuntimeVerifier(golden_artifacts[NAME], threads=1)
+
+
+@pytest.mark.parametrize(
+    ("threads", "caches", "expected"),
+    [
+        (1, [(1, 128)], 1), (2, [(1, 128)], 1), (8, [(8, 128), (4, 256)], 4), (3, [(8, 128)], 3),
+        (8, [(1, 16)], 8), (8, [(1, 16), (2, 32)], 2), (0, [(1024, 128)], 0), (0, [(1, 16)], 0),
+    ],
+)  # fmt: skip
+def test_no_more_threads_than_key_heads(threads, caches, expected):
+    assert exact_threads(threads, caches) == expected
 
 
 def test_every_window_after_every_other(stage):

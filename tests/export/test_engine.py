@@ -16,14 +16,15 @@ import no_personality
 import numpy as np
 import onnx
 import pytest
+import tiny_models
 from artifacts import GOLDEN, golden_taps, silent
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from standard_graphs import CAPACITY, drafter_graphs, drafter_tensors, fp8_scales, verifier_graph
 from typer.testing import CliRunner
 
 from dspark_backend.errors import ArtifactError, ConfigError
 from dspark_backend.stages.artifact import load_drafter_artifact, load_verifier_artifact
-from dspark_backend.stages.engine_contract import VERIFIER_ENGINE, Workload
+from dspark_backend.stages.engine_contract import VERIFIER_ENGINE, Profile, Range, Workload
 from dspark_backend.stages.tensorrt.limits import check_engines
 from dspark_backend.stages.tensorrt.profiles import engine_profiles
 from dspark_export.cli import app
@@ -96,6 +97,24 @@ def test_gemma_with_its_wide_heads_builds(tmp_path):
     assert len(data) > 100_000
 
 
+@pytest.mark.parametrize("name", ["llama3", "gemma3"])
+def test_verifiers_of_the_other_families_build(tmp_path, name):
+    # TensorRT has attention kernels for multiples of 16 channels.
+    sizes = {"hidden_size": 64, "head_dim": 16, "num_hidden_layers": 2}
+    tiny_models.make(name, tmp_path / "model", **sizes, layer_types=tiny_models.LAYER_TYPES[1:3])
+    weights = SafetensorsFolder(tmp_path / "model")
+    form = StandardForm(CAPACITY)
+    model = VerifierGraph(describe(weights.config), weights, (0,), 128, "bfloat16", standard=form).build()
+    assert len(build(model, tmp_path, SMALL.verifier_profiles(), BOTH)) > 50_000
+
+
+@pytest.mark.parametrize("name", ["qwen3_rnn", "gemma4_vanilla"])
+def test_drafters_with_other_heads_build(tmp_path, name):
+    drafting, _ = drafter_graphs(name, "bfloat16", expose=False)
+    work = dataclasses.replace(SMALL, block_size=drafter_tensors(name).block_size)
+    assert len(build(drafting, tmp_path, work.draft_profiles(), BOTH)) > 50_000
+
+
 def test_a_node_that_does_not_parse_is_named(tmp_path):
     given = helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["B"])
     found = helper.make_tensor_value_info("y", TensorProto.INT64, [1, "N"])
@@ -104,6 +123,22 @@ def test_a_node_that_does_not_parse_is_named(tmp_path):
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "g.onnx")
     with pytest.raises(ExportError, match=r"cannot parse.*NonZero places"):
         build_engine(Builder("tensorrt_rtx", trt), tmp_path / "g.onnx", [], BuildSettings(BOTH), lambda _: None)
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
+def test_a_timing_cache_is_written(tmp_path):
+    """``tensorrt_rtx`` keeps nothing in it."""
+    given, found = (helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["B", 64]) for name in "xy")
+    weight = numpy_helper.from_array(np.eye(64, dtype=np.float16), "w")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [given], [found], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "g.onnx")
+    builder, profile, cache = Builder("tensorrt_rtx", trt), Profile("p", {"B": Range(1, 8, 16)}), tmp_path / "cache"
+    settings = BuildSettings(("sm86",), timing_cache=cache)
+    for before in (None, b"written by something else"):
+        if before:
+            cache.write_bytes(before)
+        assert build_engine(builder, tmp_path / "g.onnx", [profile], settings, lambda _: None)
+        assert cache.read_bytes() not in (b"", before)
 
 
 @pytest.fixture(scope="module")

@@ -65,11 +65,28 @@ def test_the_verifier_in_fp8(tmp_path):
     assert 66e6 + 35e6 * 2 < size < 100e6 * 1.5
 
 
-def test_the_drafter_in_bfloat16(tmp_path):
+def test_the_verifier_in_int4(tmp_path):
+    save_verifier(tmp_path, "int4")
+    size, _ = build(tmp_path, WORK.verifier_profiles(), ("sm86", "sm89"))
+    # Half a byte each, and two for every block of 64.
+    assert 100e6 * (0.5 + 2 / 64) < size < 100e6
+
+
+def drafter_graph():
     spec, weights = read_drafter(qwen3_4b.drafter(layers=1))
     assert (spec.block_size, spec.markov_rank, spec.draft_vocab_size) == (7, 256, 151936)
-    model = DrafterGraph(spec, weights, POSITIONS, "bfloat16", standard=StandardForm(WORK.capacity)).build_draft()
-    save_graph(model, tmp_path, "graph.onnx")
+    return DrafterGraph(spec, weights, POSITIONS, "bfloat16", standard=StandardForm(WORK.capacity))
+
+
+def test_the_drafters_context_in_bfloat16(tmp_path):
+    save_graph(drafter_graph().build_context(), tmp_path, "graph.onnx")
+    size, _ = build(tmp_path, WORK.context_profiles(), ("sm86", "sm89"))
+    # The projection of the features, and one layer's keys and values.
+    assert 2 * (5 * 2560 * 2560 + 2 * 1024 * 2560) < size < 2 * 50e6
+
+
+def test_the_drafter_in_bfloat16(tmp_path):
+    save_graph(drafter_graph().build_draft(), tmp_path, "graph.onnx")
     size, _ = build(tmp_path, WORK.draft_profiles(), ("sm86", "sm89"))
     # The projection of five layers' features, a layer, and the two factors of the Markov head.
     assert size > 2 * (5 * 2560 * 2560 + 100e6 + 2 * 151936 * 256)

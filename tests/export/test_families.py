@@ -84,6 +84,26 @@ def test_bits_do_not_depend_on_chunks_and_company(subjects, name):
             assert left.tobytes() == right.tobytes(), seed
 
 
+_WIDE = {"vocab_size": 300, "hidden_size": 256, "initializer_range": 0.05, "num_hidden_layers": 2}
+_SHAPES = {
+    "qwen3": {"head_dim": 128, "num_attention_heads": 8},
+    "gemma3": {"head_dim": 256, "query_pre_attn_scalar": 256, "layer_types": tiny_models.LAYER_TYPES[1:3]},
+}
+
+
+@pytest.mark.parametrize("name", _SHAPES)
+def test_bits_do_not_depend_on_threads(tmp_path, name):
+    """More of them than key heads, heads as wide as released ones, and a context of more than one block of a sum."""
+    tiny_models.make(name, tmp_path / "model", **_WIDE | _SHAPES[name])
+    artifact = artifacts.export(tmp_path / "model", tmp_path / "out", check=False)
+    texts = [tiny_llama.tokens(280), tiny_llama.tokens(40)]
+    expected = [plain_logits(OnnxRuntimeVerifier(artifact, 1), text) for text in texts]
+    for threads in (2, 4, 8):
+        found = scheduled_logits(OnnxRuntimeVerifier(artifact, threads), texts, np.random.default_rng(0), 40)
+        for left, right in zip(found, expected, strict=True):
+            assert left.tobytes() == right.tobytes(), threads
+
+
 def test_layers_have_caches_of_their_own_shape(subjects):
     artifact = load_verifier_artifact(subjects["gemma4"].artifact)
     assert artifact.cache_shapes == ((2, 8), (2, 8), (1, 16), (2, 8), (1, 16))

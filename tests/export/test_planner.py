@@ -135,7 +135,8 @@ def test_sizes_are_those_of_written_graphs(dtype, tmp_path):
     name = "qwen3_vanilla"
     target, drafter = (GOLDEN / name / part for part in ("target", "drafter"))
     verifier = tmp_path / "verifier"
-    export(target, verifier, dtype=dtype, runtime="tensorrt", target_layer_ids=golden_taps(name))
+    rounding = "nearest" if dtype == "int4" else "gptq"
+    export(target, verifier, dtype=dtype, runtime="tensorrt", target_layer_ids=golden_taps(name), rounding=rounding)
     export_drafter(DrafterExport(drafter, verifier, tmp_path / "drafter", dtype, "tensorrt"), silent)
     shared = json.loads((verifier / "stage.json").read_text())["files"][SHARED_FILE]
     configs = [json.loads((folder / "config.json").read_text()) for folder in (target, drafter)]

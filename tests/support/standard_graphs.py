@@ -30,6 +30,8 @@ def open_graph(model, directory, name):
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3  # that caches are copied
+    # Else products with int4 weights round their inputs to int8.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return ort.InferenceSession(str(directory / name), options, providers=["CPUExecutionProvider"])
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,22 @@ from dspark_backend.stages.providers import check_available, check_started, load
 from dspark_backend.stages.rows import Rows
 from dspark_backend.stages.settings import StageSettings
 from dspark_backend.stages.slot_arrays import SlotWindow
+
+_NEVER_CUT = 16
+"""Columns of a product that ONNX Runtime gives to one thread whole."""
+
+
+def exact_threads(threads: int, caches: Sequence[tuple[int, int]]) -> int:
+    """How many threads give a row the same bits in any company, of ``threads`` wanted (0: one a core). ``caches``: key
+    heads and channels of every layer.
+
+    ONNX Runtime shares the attention's batched products out by cache row and key head. Threads beyond those cut the
+    columns of a product, and narrow pieces are summed in another order: how narrow depends on how many requests share
+    the step. A single request has as many products as a layer has key heads.
+    """
+    most = min((heads for heads, channels in caches if channels > _NEVER_CUT), default=None)
+    wanted = threads or len(os.sched_getaffinity(0))
+    return threads if most is None or wanted <= most else most
 
 
 def session_options(threads: int) -> ort.SessionOptions:

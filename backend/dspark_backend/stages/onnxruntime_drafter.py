@@ -9,7 +9,7 @@ import numpy as np
 
 from dspark_backend.stages.artifact import DrafterArtifact, check_pair, load_drafter_artifact, load_verifier_artifact
 from dspark_backend.stages.batch import RowMove
-from dspark_backend.stages.binding import CpuBinding, open_session
+from dspark_backend.stages.binding import CpuBinding, exact_threads, open_session
 from dspark_backend.stages.draft_batch import ContextRows, DraftBatch, DraftOutput
 from dspark_backend.stages.placement import Placement
 from dspark_backend.stages.settings import StageSettings
@@ -46,12 +46,9 @@ class OnnxRuntimeDrafter:
         self._shared = shared_weights(self._artifact, directory, verifier, verifier_directory)
         placement = placement or Placement.of(settings)
         shared, device = self._shared, placement.device
-        self._draft = placement.binding(
-            open_session(directory / DRAFT_FILE, settings.threads, shared, settings, device)
-        )
-        self._context = placement.binding(
-            open_session(directory / CONTEXT_FILE, settings.threads, None, settings, device)
-        )
+        threads = exact_threads(settings.threads, self._artifact.cache_shapes)
+        self._draft = placement.binding(open_session(directory / DRAFT_FILE, threads, shared, settings, device))
+        self._context = placement.binding(open_session(directory / CONTEXT_FILE, threads, None, settings, device))
         self._place: tuple[SlotWindow, int, bytes] | None = None
         """Where the blocks of the last round were: mostly where those of the next one are."""
         self._cache = placement.cache(self._artifact.cache_shapes)

@@ -10,7 +10,7 @@ import numpy as np
 from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.artifact import VerifierArtifact, load_verifier_artifact
 from dspark_backend.stages.batch import BatchLayout, RowMove, StepBatch, StepOutput
-from dspark_backend.stages.binding import open_session
+from dspark_backend.stages.binding import exact_threads, open_session
 from dspark_backend.stages.placement import Placement
 from dspark_backend.stages.settings import StageSettings
 from dspark_backend.stages.slot_arrays import SlotArrays, SlotWindow
@@ -40,7 +40,8 @@ class OnnxRuntimeVerifier:
                 f"{directory}: expected an artifact for onnxruntime, got one for {self._artifact.runtime}"
             )
         placement = placement or Placement.of(settings)
-        session = open_session(directory / MODEL_FILE, settings.threads, None, settings, placement.device)
+        threads = exact_threads(settings.threads, self._artifact.cache_shapes)
+        session = open_session(directory / MODEL_FILE, threads, None, settings, placement.device)
         self._binding = placement.binding(session)
         # A batched product with a single row takes another kernel, whose sums differ in the last bit.
         self._min_columns = 2 if self._artifact.group == 1 else 1

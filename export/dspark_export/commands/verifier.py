@@ -12,7 +12,9 @@ from dspark_export.commands.plan import show_plan
 from dspark_export.commands.progress import console, progress_bar
 from dspark_export.compare import compare_with_transformers
 from dspark_export.source import resolve_model
-from dspark_export.verifier import DEFAULT_MAX_CONTEXT, VerifierExport, export_verifier
+from dspark_export.verifier import CALIBRATION_TOKENS, DEFAULT_MAX_CONTEXT, GPTQ, VerifierExport, export_verifier
+
+_CALIBRATION = " or ".join(f"{tokens} for {dtype}" for dtype, tokens in CALIBRATION_TOKENS.items())
 
 
 def verifier(
@@ -29,12 +31,17 @@ def verifier(
         int | None, typer.Option(help=f"Longest sequence; default the model's own, at most {DEFAULT_MAX_CONTEXT}.")
     ] = None,
     calibration_text: Annotated[
-        Path | None, typer.Option(help="For int8: prompt file to calibrate with; default dialogues of our own.")
+        Path | None, typer.Option(help="For int8 and int4: prompt file to calibrate with; default our own dialogues.")
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="For int8: tokens of it to calibrate with.")] = 4000,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help=f"For both: tokens of it to calibrate with; default {_CALIBRATION}.")
+    ] = None,
     check_tokens: Annotated[
-        int, typer.Option(help="For int8: tokens of the rest on which it is compared with float32.")
+        int, typer.Option(help="For both: tokens of the rest on which it is compared with float32.")
     ] = 20_000,
+    rounding: Annotated[
+        str, typer.Option(help="For int4: gptq, or nearest, which needs no calibration and is worse.")
+    ] = GPTQ,
     check_against_transformers: Annotated[
         bool, typer.Option("--check-against-transformers", help="Compare logits with transformers (needs torch).")
     ] = False,
@@ -47,7 +54,7 @@ def verifier(
     begin = time.perf_counter()
     options = VerifierExport(
         model, out, dtype, runtime, _layers(target_layer_ids), max_context,
-        calibration_text, calibration_tokens, check_tokens, check,
+        calibration_text, calibration_tokens, check_tokens, rounding, check,
     )  # fmt: skip
     if dry_run:
         show_plan(model, dtype=dtype, context=max_context)
@@ -63,8 +70,8 @@ def verifier(
     )
     if quality is not None:
         console.print(
-            f"int8 against float32 on {quality.tokens} held-out tokens: KL {quality.kl:.4f}, same most probable token "
-            f"at {quality.top1:.1%}",
+            f"{dtype} against float32 on {quality.tokens} held-out tokens: KL {quality.kl:.4f}, same most probable "
+            f"token at {quality.top1:.1%}",
             highlight=False,
         )
     if check_against_transformers:

@@ -12,6 +12,7 @@ from dspark_export.graph.ort_dialect import OrtDialect
 from dspark_export.graph.standard_dialect import STANDARD_OPSET, StandardDialect
 from dspark_export.graph.standard_linear import Products, StandardLinears
 from dspark_export.graph.tape import GraphTape
+from dspark_export.quantization.int4_weights import Int4Weights
 from dspark_export.weights import WeightSource
 
 
@@ -24,9 +25,11 @@ class StandardForm:
     products: Products = "plain"
     input_scales: Mapping[str, float] = field(default_factory=dict)
     """For fp8: see :class:`StandardLinears`."""
+    rounded: Int4Weights | None = None
+    """For int4: the same."""
 
     def linears(self, dialect: Dialect, weights: WeightSource) -> StandardLinears:
-        return StandardLinears(dialect, weights, self.products, self.input_scales)
+        return StandardLinears(dialect, weights, self.products, self.input_scales, self.rounded)
 
 
 def make_dialect(weight_dtype: str, standard: StandardForm | None, update_index: ir.Value) -> Dialect:

@@ -20,13 +20,12 @@ from dspark_backend.stages.batch import FloatArray
 from dspark_backend.stages.shared_weights import SHARED_HEAD
 from dspark_export.graph.dialect import Dialect
 from dspark_export.graph.linear import fused_weight, total_width, with_bias
+from dspark_export.quantization.int4 import INT4_BLOCK, Int4Matrix, fits_int4, nearest_int4
+from dspark_export.quantization.int4_weights import Int4Weights
 from dspark_export.quantization.plan import fused_name
 from dspark_export.weights import WeightSource
 
 FP8_LARGEST = 448.0
-INT4_BLOCK = 64
-"""TensorRT takes 64 and 128."""
-_INT4_LARGEST = 7.0
 Products = Literal["plain", "fp8", "int4"]
 
 
@@ -40,6 +39,8 @@ class StandardLinears:
     input_scales: Mapping[str, float] = field(default_factory=dict)
     """For fp8, by the fused name of each product: largest magnitude of its input / 448. Products without one keep the
     compute dtype."""
+    rounded: Int4Weights | None = None
+    """For int4: products that a calibration pass rounded; the others are rounded to the nearest."""
 
     def smoothing(self, names: tuple[str, ...]) -> FloatArray | None:
         return None
@@ -57,7 +58,7 @@ class StandardLinears:
         # int4 blocks must fill the inner dimension; the few small products that do not stay as they are.
         if self.products == "fp8" and fused in self.input_scales:
             value, weight = self._fp8(value, names, inner, width)
-        elif self.products == "int4" and inner % INT4_BLOCK == 0 and width % 2 == 0:
+        elif self.products == "int4" and fits_int4(inner, width):
             weight = self._int4(names, inner, width)
         else:
             weight = tape.weight(f"{fused}.weight", (inner, width), lambda: fused_weight(self.weights, names))
@@ -96,19 +97,17 @@ class StandardLinears:
 
     def _int4(self, names: tuple[str, ...], inner: int, width: int) -> ir.Value:
         tape, fused, compute = self.dialect.tape, fused_name(names), self.dialect.tape.compute
-        blocks = inner // INT4_BLOCK
 
-        def scales(matrix: FloatArray) -> Any:
-            largest = np.abs(matrix).reshape(blocks, INT4_BLOCK, width).max(axis=1)
-            return (np.maximum(largest, 1e-12) / _INT4_LARGEST).astype(compute.numpy())
+        def rounded() -> Int4Matrix:
+            if self.rounded is not None and fused in self.rounded:
+                return self.rounded.read(fused)
+            return nearest_int4(self._matrix(names), compute.numpy())
 
-        def stored() -> Any:
-            matrix = self._matrix(names)
-            steps = scales(matrix).astype(np.float32)[:, None]
-            rounded = np.rint(matrix.reshape(blocks, INT4_BLOCK, width) / steps)
-            return np.clip(rounded, -8, 7).reshape(inner, width).astype(ml_dtypes.int4)
-
-        weight = tape.stored(f"{fused}.weight.int4", (inner, width), ir.DataType.INT4, stored)
-        columns = tape.stored(f"{fused}.scales", (blocks, width), compute, lambda: scales(self._matrix(names)))
+        weight = tape.stored(
+            f"{fused}.weight.int4", (inner, width), ir.DataType.INT4, lambda: rounded().values.astype(ml_dtypes.int4)
+        )
+        columns = tape.stored(
+            f"{fused}.scales", (inner // INT4_BLOCK, width), compute, lambda: rounded().scales.astype(compute.numpy())
+        )
         dequantised: ir.Value = tape.op("DequantizeLinear", weight, columns, axis=0, block_size=INT4_BLOCK)
         return dequantised

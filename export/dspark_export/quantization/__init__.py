@@ -1,1 +1,1 @@
-"""The int8 precision: what a calibration pass decides, and how good the result is."""
+"""Precisions of products: what a calibration pass decides, how weights are rounded, and how good the result is."""

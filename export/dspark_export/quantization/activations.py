@@ -54,19 +54,23 @@ class Probe:
 
     def _feed(self, token_ids: Sequence[int]) -> dict[str, NDArray[Any]]:
         count = len(token_ids)
-        places = np.arange(count, dtype=np.int64)
-        zeros = np.zeros(count, dtype=np.int64)
         feed: dict[str, NDArray[Any]] = {
             "input_ids": np.asarray(token_ids, dtype=np.int64),
-            "positions": places,
-            "rows": zeros,
-            "columns": places,
-            "query_index": places[None],
-            "logit_rows": places,
+            "logit_rows": np.arange(count, dtype=np.int64),
         }
-        for name, (heads, dim) in self._caches.items():
-            feed[name] = np.zeros((1, heads, count, dim), dtype=np.float32)
-        return feed
+        return feed | text_places(count, self._caches)
+
+
+def text_places(count: int, caches: Mapping[str, tuple[int, int]]) -> dict[str, NDArray[Any]]:
+    """What places the tokens of one whole text in a graph; empty ``caches`` by name, (key heads, channels)."""
+    places = np.arange(count, dtype=np.int64)
+    zeros = np.zeros(count, dtype=np.int64)
+    feed: dict[str, NDArray[Any]] = {
+        "positions": places, "rows": zeros, "columns": places, "query_index": places[None],
+    }  # fmt: skip
+    for name, (heads, dim) in caches.items():
+        feed[name] = np.zeros((1, heads, count, dim), dtype=np.float32)
+    return feed
 
 
 def input_statistics(

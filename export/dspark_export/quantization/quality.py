@@ -1,8 +1,8 @@
-"""How far an int8 artifact is from the float32 model: over text that no calibration saw."""
+"""How far a rounded model is from the float32 model: over text that no calibration saw."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +34,21 @@ def measure_quality(
     progress: Callable[[float], None],
 ) -> Quality:
     """Both give logits [T, V] of a text; ``texts`` must hold a token."""
+
+    def pairs() -> Iterator[tuple[FloatArray, FloatArray]]:
+        for number, text in enumerate(texts):
+            yield reference(text), measured(text)
+            progress((number + 1) / len(texts))
+
+    return compare_logits(pairs())
+
+
+def compare_logits(pairs: Iterable[tuple[FloatArray, FloatArray]]) -> Quality:
+    """Of pairs of logits [T, V], the reference's first; there must be a token."""
     divergence, same, tokens = 0.0, 0, 0
-    for number, text in enumerate(texts):
-        expected, found = log_softmax(reference(text)), log_softmax(measured(text))
+    for reference, measured in pairs:
+        expected, found = log_softmax(reference), log_softmax(measured)
         divergence += float((np.exp(expected) * (expected - found)).sum(dtype=np.float64))
         same += int((expected.argmax(axis=1) == found.argmax(axis=1)).sum())
-        tokens += len(text)
-        progress((number + 1) / len(texts))
+        tokens += len(expected)
     return Quality(tokens, divergence / tokens, same / tokens)
