@@ -66,6 +66,13 @@ def test_load_scaling_and_what_needs_operators_is_off_by_default() -> None:
     )
 
 
+def test_the_test_pod_is_there_when_helm_reads_its_log() -> None:
+    """A pod that is deleted as it succeeds makes `helm test --logs` fail."""
+    annotations = render().find("Pod", "-test")["metadata"]["annotations"]
+    assert annotations["helm.sh/hook"] == "test"
+    assert annotations["helm.sh/hook-delete-policy"] == "before-hook-creation"
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (apt install prometheus)")
 def test_prometheus_takes_the_rules(tmp_path: Path) -> None:
     spec = render(MONITORED).find("PrometheusRule")["spec"]
