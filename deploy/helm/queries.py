@@ -1,10 +1,10 @@
 """Every query of the chart, asked of a real Prometheus that scrapes a running server: dashboard, alerts, KEDA, adapter.
 
-    dspark-serve --model-repository model_repository &      # and some requests, so that there is something to see
-    python deploy/helm/queries.py --metrics localhost:8002
+    deploy/quickstart/run --detach
+    python deploy/helm/queries.py --metrics localhost:8002      # while requests run, so that there is something to see
 
 Needs helm and prometheus (Debian: apt install prometheus; HELM and PROMETHEUS name others), and PyYAML. Exit code 1
-where a query is refused, or where one that should always have a value has none.
+where a query is refused, or has no value. An alert has none while it does not fire: its two sides are asked, too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,17 @@ import yaml
 CHART = Path(__file__).resolve().parent / "dspark"
 NAMESPACE, RELEASE = "models", "check"
 POD = f"{RELEASE}-dspark-0a1b2c3d4e-5f6g7"
+LABELS = {"namespace": NAMESPACE, "pod": POD, "container": "server", "endpoint": "metrics"}
+"""As the operator gives them to what a PodMonitor finds; the job is NAMESPACE/PODMONITOR."""
 SWITCHES = "monitoring.dashboard.enabled=true,monitoring.prometheusRule.enabled=true,keda.enabled=true"
+
+
+class Expected(Enum):
+    """What an answer must be like."""
+
+    VALUE = "at least one number"
+    ANY = "anything: an alert has no value while it does not fire"
+    NOTHING = "nothing: it asks whether something is absent"
 
 
 @dataclass(frozen=True)
@@ -40,8 +52,27 @@ class Query:
 
     place: str
     expression: str
-    alert: bool = False
-    """An alert has a value while it fires, and none otherwise."""
+    expected: Expected = Expected.VALUE
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What Prometheus said to a query."""
+
+    query: Query
+    values: tuple[float, ...]
+    refusal: str = ""
+
+    @property
+    def fine(self) -> bool:
+        """Whether it is as expected."""
+        if self.refusal or self.query.expected is not Expected.VALUE:
+            return not self.refusal and not (self.values and self.query.expected is Expected.NOTHING)
+        return any(not math.isnan(value) for value in self.values)
+
+    def __str__(self) -> str:
+        said = f"refused: {self.refusal}" if self.refusal else ", ".join(f"{value:.4g}" for value in self.values)
+        return f"{'ok   ' if self.fine else 'WRONG'} {self.query.place}: {said or 'no value'}"
 
 
 def rendered() -> dict[str, Any]:
@@ -55,56 +86,105 @@ def rendered() -> dict[str, Any]:
 def queries() -> Iterator[Query]:
     """All of them, with the placeholders filled in that Grafana and the adapter fill in."""
     documents = rendered()
-    dashboard = json.loads(documents["ConfigMap"]["data"]["dspark.json"])
-    for panel in dashboard["panels"]:
-        for target in panel.get("targets", ()):
-            text = target["expr"].replace("$__rate_interval", "1m")
-            text = text.replace("$namespace", NAMESPACE).replace("$pod", ".*")
-            yield Query(f"dashboard: {panel['title']}, {target['legendFormat']}", text)
+    yield from dashboard_queries(json.loads(documents["ConfigMap"]["data"]["dspark.json"]))
     for group in documents["PrometheusRule"]["spec"]["groups"]:
         for rule in group["rules"]:
-            yield Query(f"alert: {rule['alert']}", rule["expr"], alert=True)
+            yield from alert_queries(f"alert: {rule['alert']}", rule["expr"])
     for trigger in documents["ScaledObject"]["spec"]["triggers"]:
         yield Query("keda", trigger["metadata"]["query"])
     adapter = yaml.safe_load((CHART / "examples" / "prometheus-adapter.yaml").read_text(encoding="utf-8"))
     for rule in adapter["rules"]["custom"]:
+        name = rule["name"]["as"]
         text = rule["metricsQuery"].replace("<<.Series>>", rule["name"]["matches"].strip("^$"))
-        text = text.replace("<<.LabelMatchers>>", f'namespace="{NAMESPACE}",pod=~"{POD}"').replace(
-            "<<.GroupBy>>", "pod"
-        )
-        yield Query(f"adapter: {rule['name']['as']}", text)
+        text = text.replace("<<.LabelMatchers>>", f'namespace="{NAMESPACE}",pod=~"{POD}"')
+        yield Query(f"adapter: series of {name}", rule["seriesQuery"])
+        yield Query(f"adapter: {name}", text.replace("<<.GroupBy>>", "pod"))
+
+
+def dashboard_queries(dashboard: dict[str, Any]) -> Iterator[Query]:
+    """Those of the panels, and what the variables choose from."""
+
+    def filled(text: str) -> str:
+        return text.replace("$__rate_interval", "1m").replace("$namespace", NAMESPACE).replace("$pod", ".*")
+
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            series, _, label = variable["query"]["query"].removeprefix("label_values(").rstrip(")").rpartition(", ")
+            labelled = f'{series.rstrip("}")}{"," if "{" in series else "{"}{label}!=""}}'
+            yield Query(f"dashboard: variable {variable['name']}", filled(labelled))
+    for panel in dashboard["panels"]:
+        for target in panel.get("targets", ()):
+            yield Query(f"dashboard: {panel['title']}, {target['legendFormat']}", filled(target["expr"]))
+
+
+def alert_queries(place: str, expression: str) -> Iterator[Query]:
+    """An alert's expression, and what it compares."""
+    if absent := re.fullmatch(r"absent\((.*)\)", expression):
+        yield Query(place, expression, Expected.NOTHING)
+        yield Query(f"{place}, what is not absent", absent[1])
+        return
+    yield Query(place, expression, Expected.ANY)
+    sides = re.split(r" and | (?:[<>]=?|[=!]=) ", expression)
+    for number, side in enumerate((side for side in sides if not re.fullmatch(r"[\d.]+", side)), start=1):
+        yield Query(f"{place}, side {number}", side)
 
 
 @contextmanager
-def prometheus(metrics: str, port: int) -> Iterator[str]:
-    """A Prometheus that scrapes ``metrics`` (host:port) every second, as if it were a pod of the release."""
-    labels = {"namespace": NAMESPACE, "pod": POD}
-    scrape = {"job_name": "dspark", "static_configs": [{"targets": [metrics], "labels": labels}]}
+def prometheus(metrics: str, port: int, scrape_seconds: float = 1.0) -> Iterator[str]:
+    """A Prometheus that scrapes ``metrics`` (host:port), as if it were a pod of the release. It has done so once.
+
+    Raises:
+        OSError: it does not start, or finds no metrics there.
+    """
+    job = f"{NAMESPACE}/{RELEASE}-dspark"
+    scrape = {"job_name": job, "static_configs": [{"targets": [metrics], "labels": LABELS}]}
+    every = {"scrape_interval": f"{scrape_seconds * 1000:.0f}ms", "scrape_timeout": f"{scrape_seconds * 1000:.0f}ms"}
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "prometheus.yml"
-        config.write_text(yaml.safe_dump({"global": {"scrape_interval": "1s"}, "scrape_configs": [scrape]}))
+        config.write_text(yaml.safe_dump({"global": every, "scrape_configs": [scrape]}), encoding="utf-8")
         arguments = [f"--config.file={config}", f"--storage.tsdb.path={folder}/data", "--log.level=warn"]
         command = [os.environ.get("PROMETHEUS", "prometheus"), *arguments, f"--web.listen-address=127.0.0.1:{port}"]
         process = subprocess.Popen(command)
         try:
-            yield f"http://127.0.0.1:{port}"
+            server = f"http://127.0.0.1:{port}"
+            wait_for_a_scrape(server, process)
+            yield server
         finally:
             process.terminate()
             process.wait()
 
 
-def ask(server: str, expression: str) -> list[float]:
-    """The values of an instant query.
+def wait_for_a_scrape(server: str, process: subprocess.Popen[bytes]) -> None:
+    """Prometheus looks for targets only every five seconds.
 
     Raises:
-        ValueError: Prometheus refuses it; with what it says.
+        OSError: as ``prometheus`` says.
     """
-    url = f"{server}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+    end = time.monotonic() + 30
+    reason = "no answer"
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            with urllib.request.urlopen(f"{server}/api/v1/targets", timeout=5) as answer:
+                targets = json.load(answer)["data"]["activeTargets"]
+        except OSError as error:
+            reason = str(error)
+        else:
+            if any(target["health"] == "up" for target in targets):
+                return
+            reason = ", ".join(target["lastError"] for target in targets) or "no target"
+        time.sleep(0.1)
+    raise OSError(f"Prometheus at {server} scrapes nothing: {reason}")
+
+
+def ask(server: str, query: Query) -> Answer:
+    """The answer to an instant query."""
+    url = f"{server}/api/v1/query?{urllib.parse.urlencode({'query': query.expression})}"
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
-            return [float(series["value"][1]) for series in json.load(answer)["data"]["result"]]
+            result = json.load(answer)["data"]["result"]
     except urllib.error.HTTPError as error:
-        raise ValueError(json.load(error)["error"]) from None
+        return Answer(query, (), json.load(error)["error"])
+    return Answer(query, tuple(float(series["value"][1]) for series in result))
 
 
 def main() -> int:
@@ -114,28 +194,17 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=9497, help="for Prometheus")
     given = parser.parse_args()
     try:
-        return check(given.metrics, given.port, given.seconds)
+        asked = list(queries())
+        with prometheus(given.metrics, given.port) as server:
+            time.sleep(given.seconds)
+            answers = [ask(server, query) for query in asked]
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}; expected helm and prometheus on PATH, and port {given.port} free", file=sys.stderr)
+        wanted = f"helm and prometheus on PATH, port {given.port} free, and metrics at {given.metrics}"
+        print(f"error: {error}; expected {wanted}", file=sys.stderr)
         return 1
-
-
-def check(metrics: str, port: int, seconds: float) -> int:
-    """Ask all queries; 1 where one has no good answer."""
-    asked, wrong = list(queries()), 0
-    with prometheus(metrics, port) as server:
-        time.sleep(seconds)
-        for query in asked:
-            try:
-                values = ask(server, query.expression)
-            except ValueError as error:
-                said, fine = f"refused: {error}", False
-            else:
-                none = "does not fire" if query.alert else "no value"
-                said = ", ".join(f"{value:.4g}" for value in values) or none
-                fine = query.alert or any(not math.isnan(value) for value in values)
-            wrong += not fine
-            print(f"{'ok   ' if fine else 'WRONG'} {query.place}: {said}")
+    print(*answers, sep="\n")
+    wrong = sum(not answer.fine for answer in answers)
+    print(f"{len(answers)} queries, {wrong} without a good answer")
     return 1 if wrong else 0
 
 

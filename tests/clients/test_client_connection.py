@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scripted_server import piece, serving
 
-from dspark_client import ConnectionOptions, GenerateOptions, KeepaliveOptions, RetryPolicy, TlsOptions
+from dspark_client import ConnectionOptions, DSparkClient, GenerateOptions, KeepaliveOptions, RetryPolicy, TlsOptions
 from dspark_client.call import ClientSettings
 from dspark_client.connection import check_url, parse_headers
 from dspark_client.errors import InvalidRequestError
@@ -19,6 +20,19 @@ def test_addresses_of_http_are_refused(url):
 @pytest.mark.parametrize("url", ["localhost:8001", "[::1]:8001", "unix:///run/triton.sock", "dns:///host:8001"])
 def test_addresses_of_grpc_are_taken(url):
     check_url(url)
+
+
+def test_calls_take_turns_between_the_addresses_of_a_name():
+    """As a headless service's name has them; nobody resolves one here, so they are listed."""
+    answers = [[piece("a", last=True)]] * 12
+    with serving(*answers) as (first, first_url), serving(*answers) as (second, second_url):
+        ports = [url.rpartition(":")[2] for url in (first_url, second_url)]
+        with DSparkClient("ipv4:" + ",".join(f"127.0.0.1:{port}" for port in ports)) as client:
+            for _ in range(12):
+                assert [piece.text for piece in client.stream("x")] == ["a"]
+    # The first calls may go out before both are connected.
+    assert len(first.requests) + len(second.requests) == 12
+    assert min(len(first.requests), len(second.requests)) >= 4
 
 
 def test_headers_of_a_call_win_and_are_lowered():

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import re
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from artifacts import CHECKOUT
 from google.protobuf import text_format
 from helm_tools import CHART, named, render
-from helm_values import CPU, GATEWAY
+from helm_values import CPU
 from tritonclient.grpc import model_config_pb2
 
 from dspark_backend.config import EngineConfig
-from dspark_backend.serving.health import Health
-from dspark_backend.serving.options import Ports
-
-
-def program(name: str) -> ModuleType:
-    spec = spec_from_file_location(name, CHART / "files" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -143,95 +127,6 @@ def test_a_failed_export_keeps_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError):
         exported(tmp_path, "verifier", ["--unknown"])
     assert not exported(tmp_path, "verifier", [])
-
-
-class _Admin(http.server.BaseHTTPRequestHandler):
-    """Envoy's admin interface, as far as preStop goes."""
-
-    asked: ClassVar[list[str]] = []
-
-    def do_POST(self) -> None:
-        self.asked.append(self.path)
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b"OK\n")
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.mark.parametrize("answers", [True, False])
-def test_the_gateway_drains_before_it_ends(answers: bool) -> None:
-    """The rendered command, with an admin interface and with none: it waits in both cases."""
-    short = 'server={"drainSeconds":1,"exitTimeoutSeconds":1}'
-    spec = render(GATEWAY, short).find("Deployment", "-gateway")["spec"]["template"]["spec"]
-    command = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    assert command[:2] == ["bash", "-c"] and "/dev/tcp/127.0.0.1/9901" in command[2]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Admin) as server:
-        port = server.server_address[1] if answers else Ports.free().http
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        _Admin.asked.clear()
-        start = time.monotonic()
-        here = command[2].replace("/127.0.0.1/9901", f"/127.0.0.1/{port}")
-        result = subprocess.run([*command[:2], here], capture_output=True, check=False, timeout=30)
-        server.shutdown()
-    assert result.returncode == 0
-    assert 2 <= time.monotonic() - start < 5
-    assert _Admin.asked == (["/healthcheck/fail"] if answers else [])
-
-
-SILENT = Health(False, False, "model dspark gave no answer within 8.0 s", 8.0)
-DEAD = Health(False, False, "model dspark failed: Stub process 'dspark_0_0' is not healthy.", 0.1)
-FULL = Health(False, True, "model dspark failed: [UNAVAILABLE] the queue is full", 0.1)
-
-
-@pytest.mark.parametrize(
-    ("state", "before", "after", "well"),
-    [
-        (Health(True, True, "dspark answered", 0.1), None, None, True),
-        (FULL, None, None, True),
-        (SILENT, 100.0, 140.0, True),
-        (SILENT, 100.0, 100.0, False),
-        (SILENT, None, None, False),
-        (DEAD, 100.0, 140.0, False),
-    ],
-)
-def test_probe_verdict(state: Health, before: float | None, after: float | None, well: bool) -> None:
-    good, reason = program("probe").verdict(state, before, after)
-    assert good is well
-    assert reason
-
-
-class _Metrics(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-        label = '{model="dspark",version="1"}'
-        lines = (f"dspark_steps_total{label} 7", f"dspark_generation_tokens_total{label} 1.5e+01")
-        self.wfile.write("\n".join(["# HELP x", *lines, f"dspark_num_requests_running{label} 3", ""]).encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def metrics_url() -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Metrics) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/metrics"
-        server.shutdown()
-
-
-def test_probe_counts_work(metrics_url: str) -> None:
-    probe = program("probe")
-    assert probe.work_done(metrics_url) == 22.0
-    assert probe.work_done(f"http://127.0.0.1:{Ports.free().http}/metrics") is None
-
-
-def test_probe_of_a_server_that_is_gone(metrics_url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    url = f"127.0.0.1:{Ports.free().grpc}"
-    assert program("probe").main([f"--url={url}", f"--metrics-url={metrics_url}", "--timeout=2"]) == 1
-    assert capsys.readouterr().out == f"unwell: nothing answers at {url}\n"
 
 
 def test_the_load_job_runs_the_load_tool_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:

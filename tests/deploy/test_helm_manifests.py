@@ -16,6 +16,7 @@ from helm_values import ALL, CPU, GATEWAY
 
 from dspark_backend.config import EngineConfig
 from dspark_backend.metrics import EngineMetrics, Histogram
+from dspark_backend.serving import progress
 from dspark_backend.serving.launcher import KILL_SLACK_SECS
 from dspark_backend.serving.options import Ports
 
@@ -91,7 +92,8 @@ def test_commands_are_console_scripts() -> None:
         server = rendered.server()
         assert server["command"][:2] == ["tini", "--"]
         check_command([*server["command"][2:], *server["args"]])
-        check_command(server["startupProbe"]["exec"]["command"])
+        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+            check_command(server[name]["exec"]["command"])
         (test,) = [d for d in rendered.documents if d["kind"] == "Pod"]
         check_command([*test["spec"]["containers"][0]["command"], *test["spec"]["containers"][0]["args"]])
     for container in pod(EXPORT)["initContainers"][:2]:
@@ -109,8 +111,10 @@ def test_probes_leave_the_check_time_to_answer() -> None:
         probe = server[name]
         (timeout,) = [float(a.partition("=")[2]) for a in probe["exec"]["command"] if a.startswith("--timeout=")]
         assert 1 <= timeout <= probe["timeoutSeconds"] - 4
-    assert server["livenessProbe"]["exec"]["command"][:2] == ["python3", "/etc/dspark/probe.py"]
-    assert server["readinessProbe"]["exec"]["command"][:2] == ["python3", "/etc/dspark/probe.py"]
+        # A real inference, and but for the start one that a busy server passes.
+        live = ["--live"] if name != "startupProbe" else []
+        assert probe["exec"]["command"][: 2 + len(live)] == ["dspark-serve", "health", *live]
+        assert "--ready-only" not in probe["exec"]["command"]
 
 
 @pytest.mark.parametrize("values", ALL, ids=range(len(ALL)))
@@ -120,7 +124,10 @@ def test_ports_agree(values: tuple[Path | str, ...]) -> None:
     declared = {port["name"]: port["containerPort"] for port in server["ports"]}
     assert {name: int(option(server, f"{name}-port")) for name in declared} == declared
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert f"--url=127.0.0.1:{declared['grpc']}" in server[probe]["exec"]["command"]
+        command = server[probe]["exec"]["command"]
+        assert f"--url=127.0.0.1:{declared['grpc']}" in command
+        counters = f"--metrics-url=http://127.0.0.1:{declared['metrics']}/metrics"
+        assert (counters in command) is ("--live" in command)
     service = rendered.find("Service")["spec"]
     assert {port["name"]: port["port"] for port in service["ports"]} == declared
     assert {port["targetPort"] for port in service["ports"]} <= declared.keys()
@@ -161,9 +168,8 @@ def test_metrics_exist() -> None:
     rules = json.dumps(render(MONITORED).find("PrometheusRule"))
     keda = json.dumps(render('keda={"enabled":true}').find("ScaledObject"))
     adapter = (CHART / "examples" / "prometheus-adapter.yaml").read_text()
-    probe = (CHART / "files" / "probe.py").read_text()
-    for text in (rules, keda, adapter, probe):
-        found = named_metrics(text) - {DERIVED, "dspark_backend"}
+    for text in (rules, keda, adapter, *progress.COUNTERS):
+        found = named_metrics(text) - {DERIVED}
         assert found and found <= known, found - known
     reasons = {value for _, metric in EngineMetrics().items() for key, value in metric.labels if key == "reason"}
     assert set(re.findall(r'reason=\\+"(\w+)', rules)) <= reasons

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 from artifacts import CHECKOUT, cached_export, quickstart_repository
+from drafters import export_golden_drafter
 from google.protobuf import text_format
+from server_state import PUBLISHED_MS, regions_of
 from tritonclient.grpc import model_config_pb2
 
-from dspark_backend.serving import server_log
+from dspark_backend.serving import orphans, server_log
 from dspark_backend.serving.distribution import find_distribution
 from dspark_backend.serving.launcher import TritonServer
 from dspark_backend.serving.options import Ports, ServeOptions
@@ -171,3 +173,24 @@ def tiny_server(make_server: MakeServer) -> Iterator[RunningServer]:
     running = make_server("tiny")
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def speculating(
+    make_server: MakeServer, golden_artifacts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """The golden target with the drafter made for it; ``dspark`` measures its own step times, for a moment."""
+    name, drafter = "qwen3_vanilla", tmp_path_factory.mktemp("drafter") / "artifact"
+    export_golden_drafter(name, golden_artifacts[name], drafter)
+    parameters = {
+        "cost_cache": str(tmp_path_factory.mktemp("cost")),
+        "profile_seconds": "2",
+        "metrics_interval_ms": str(PUBLISHED_MS),
+    }
+    made = make_server(golden_artifacts[name], drafter=drafter, parameters=parameters, exit_timeout_secs=5)
+    regions = regions_of(made)
+    assert regions
+    yield made
+    # No check of a clean end: Triton waits in vain for streams that were cancelled in the instant of their end.
+    made.process.stop()
+    assert not regions & {path.name for path in orphans.SHM_FOLDER.iterdir()}

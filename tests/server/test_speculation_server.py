@@ -11,46 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from artifacts import golden_arrays
-from drafters import export_golden_drafter
 from raw_calls import RawClient, tensors_of
 from refusals import refusal
-from server_state import metric, read_metrics, regions_of, stub_of, until, wait_idle
+from server_state import PUBLISHED_MS, metric, read_metrics, regions_of, stub_of, until, wait_idle
 
 from dspark_backend.metrics import EngineMetrics
-from dspark_backend.serving import orphans
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(240)]
 
 NAME = "qwen3_vanilla"
 BLOCK = 7
-PUBLISHED_MS = 100
 POLICIES = ("off", "fixed:1", "fixed:3", "fixed:64", "threshold:0.2", "threshold:0.9", "causal", "lagged", None)
-
-
-@pytest.fixture(scope="module")
-def pair(golden_artifacts, tmp_path_factory):
-    """Artifacts of the golden target, and of the drafter made for it."""
-    drafter = tmp_path_factory.mktemp("drafter") / "artifact"
-    export_golden_drafter(NAME, golden_artifacts[NAME], drafter)
-    return golden_artifacts[NAME], drafter
-
-
-@pytest.fixture(scope="module")
-def speculating(make_server, pair, tmp_path_factory):
-    """The whole repository with the drafter in it; ``dspark`` measures its own step times, for a moment."""
-    verifier, drafter = pair
-    parameters = {
-        "cost_cache": str(tmp_path_factory.mktemp("cost")),
-        "profile_seconds": "2",
-        "metrics_interval_ms": str(PUBLISHED_MS),
-    }
-    made = make_server(verifier, drafter=drafter, parameters=parameters, exit_timeout_secs=5)
-    regions = regions_of(made)
-    assert regions
-    yield made
-    # No check of a clean end: Triton waits in vain for streams that were cancelled in the instant of their end.
-    made.process.stop()
-    assert not regions & {path.name for path in orphans.SHM_FOLDER.iterdir()}
 
 
 @pytest.fixture

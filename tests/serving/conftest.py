@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -128,3 +130,26 @@ def make_triton(repository: Path, tmp_path: Path, distribution: Distribution) ->
     yield make
     for server in servers:
         server.kill()
+
+
+Endpoint = tuple[str, list[bytes]]
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    """A metrics address, and a list of texts: it answers the first, and drops it where another follows."""
+    text = [b""]
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.pop(0) if len(text) > 1 else text[0])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/metrics", text
+        server.shutdown()

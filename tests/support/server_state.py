@@ -15,6 +15,9 @@ from dspark_client.prometheus import Sample, fetch
 PUBLISHED_SECS = 0.8
 """Metrics are published twice a second."""
 
+PUBLISHED_MS = 100
+"""Between two publications of the server of the fixture ``speculating``."""
+
 
 def metric(server: Any, name: str, **labels: str) -> float:
     """The sum over all other labels of one of the engine's metrics, named without the prefix.

@@ -80,15 +80,23 @@ def health(
     model: Annotated[str, typer.Option(help="the model to ask for one token")] = health_check.DEFAULT_MODEL,
     ready_only: Annotated[bool, typer.Option("--ready-only", help="make no inference")] = False,
     live: Annotated[
-        bool, typer.Option("--live", help="a model that refuses for a full queue counts as healthy")
+        bool, typer.Option("--live", help="one that is full, or too busy to answer in time, counts as healthy")
     ] = False,
+    metrics_url: Annotated[
+        str | None,
+        typer.Option(
+            help="with --live: counters that tell a busy model from a dead one; default: the port after --url's"
+        ),
+    ] = None,
     timeout: Annotated[float, typer.Option(help="seconds for one check")] = 10.0,
     wait: Annotated[float, typer.Option(help="seconds to go on checking until it is healthy")] = 0.0,
 ) -> None:
     """Exit 0 if the server can infer, 1 with a reason if not. Made for Kubernetes probes."""
-    state = health_check.wait(url, None if ready_only else model, timeout, wait)
+    counters = (metrics_url or health_check.beside(url)) if live else None
+    state = health_check.wait(url, None if ready_only else model, timeout, wait, counters, live)
     good = state.alive if live else state.healthy
-    typer.echo(f"{'healthy' if good else 'unhealthy'}: {state.reason} ({state.seconds:.2f} s)")
+    said = "healthy" if state.healthy else "busy" if good else "unhealthy"
+    typer.echo(f"{said}: {state.reason} ({state.seconds:.2f} s)")
     raise typer.Exit(0 if good else 1)
 
 

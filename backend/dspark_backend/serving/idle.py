@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-import urllib.request
+from dspark_backend.serving import samples
 
-_GAUGE = re.compile(r"^\w*num_requests_(?:running|waiting)(?:\{[^}]*\})?\s+(\S+)", re.MULTILINE)
+GAUGES = ("num_requests_running", "num_requests_waiting")
 
 
 def requests_in_flight(metrics_url: str, timeout: float = 1.0) -> int | None:
@@ -15,9 +14,5 @@ def requests_in_flight(metrics_url: str, timeout: float = 1.0) -> int | None:
         metrics_url: Triton's ``http://host:port/metrics``.
         timeout: seconds.
     """
-    try:
-        with urllib.request.urlopen(metrics_url, timeout=timeout) as answer:
-            values = _GAUGE.findall(answer.read().decode(errors="replace"))
-    except OSError:
-        return None
-    return round(sum(float(value) for value in values)) if values else None
+    values = [sample.value for sample in samples.read(metrics_url, timeout) if sample.name.endswith(GAUGES)]
+    return round(sum(values)) if values else None
