@@ -15,6 +15,9 @@ from dspark_backend.stages.batch import IntArray
 _UNTRIED = 4
 """Sequences that have not drafted yet do so along with others, or when they are one in so many of the batch: a trial
 makes the step longer for everybody, whoever and how many are tried."""
+_HOPE = 0.5
+"""Power of the mean survival that would have to pay for them to be tried: good texts are to be found, but not where
+even they would not pay."""
 _MARGIN = 1.1
 """What drafting must be expected to bring at least: the cost model knows neither the host's work for drafts nor the
 rows that a prompt adds to the drafter's cache."""
@@ -69,7 +72,7 @@ class DraftingChoice:
         static = [int(limits[row]) for row in able if not running[row].prepared.policy.adaptive]
         gainful = self._gainful(running, adaptive, limits, capacity, prior, max(static, default=0))
         rows, depth, width = set(gainful.rows), gainful.depth, gainful.width
-        probing = _probing(running, [row for row in adaptive if row not in rows], bool(rows))
+        probing = self._probing(running, [row for row in adaptive if row not in rows], bool(rows), capacity, prior)
         if probing:
             rows |= probing
             # Their confidences are what is wanted.
@@ -77,6 +80,24 @@ class DraftingChoice:
             width = max(width, self._deeper(depth))
         rows |= {row for row in able if not running[row].prepared.policy.adaptive}
         return Chosen(sorted(rows), depth, width)
+
+    def _probing(
+        self, running: Sequence[SequenceState], resting: list[int], others: bool, capacity: int, prior: Survival | None
+    ) -> set[int]:
+        """Which of those that are not expected to gain draft nevertheless, to find out. ``others``: some do anyway."""
+        idle = {row: running[row].draft.idle_rounds for row in resting}
+        due = any(rounds >= _PROBE_EVERY for rounds in idle.values())
+        found = {row for row, rounds in idle.items() if due and rounds >= _PROBE_ALONG}
+        untried = {row for row in resting if running[row].draft.expected is None}
+        if others or found:
+            return found | untried
+        if untried and prior is not None and _UNTRIED * len(untried) >= len(running):
+            # As if all were as good as may be hoped: one alone could not bring a tenth for many.
+            hoped = np.tile(prior**_HOPE, (len(running), 1))
+            room = np.full(len(running), self._block_size, dtype=np.int64)
+            if most_gainful(hoped, room, len(running), capacity, self._cost).rows:
+                return untried
+        return found
 
     def _deeper(self, depth: int) -> int:
         return min(depth + 1, self._block_size)
@@ -143,17 +164,6 @@ def most_gainful(
             if throughput > best:
                 best, chosen = throughput, Chosen(sorted(rows.tolist()), depth, depth)
     return chosen
-
-
-def _probing(running: Sequence[SequenceState], resting: list[int], others: bool) -> set[int]:
-    """Which of those that are not expected to gain draft nevertheless, to find out. ``others``: some draft anyway."""
-    idle = {row: running[row].draft.idle_rounds for row in resting}
-    due = any(rounds >= _PROBE_EVERY for rounds in idle.values())
-    found = {row for row, rounds in idle.items() if due and rounds >= _PROBE_ALONG}
-    untried = {row for row in resting if running[row].draft.expected is None}
-    if others or found or _UNTRIED * len(untried) >= len(running):
-        found |= untried
-    return found
 
 
 @dataclass

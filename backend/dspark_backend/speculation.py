@@ -184,10 +184,11 @@ class Speculator:
             if not sequence.prepared.request.sampling.greedy:
                 uniforms[row] = sequence.rng.uniforms(Purpose.DRAFT, width, np.float32)
         sampling = self._draft_sampling(drafting)
+        context = self._take_context(drafting)
         begin = time.perf_counter()
         output = self._drafter.draft(
             DraftBatch(
-                context=self._take_context(drafting),
+                context=context,
                 anchors=np.array([sequence.anchor for sequence in drafting], dtype=np.int64),
                 slots=np.array([sequence.held_slot.index for sequence in drafting], dtype=np.int64),
                 starts=np.array([sequence.held_slot.length for sequence in drafting], dtype=np.int64),
@@ -200,7 +201,9 @@ class Speculator:
         )
         seconds = time.perf_counter() - begin
         self._metrics.spec_decode_draft_seconds_total.add(seconds)
-        self._cost.observe_draft(len(drafting), capacity, width, seconds)
+        if context.num_rows <= len(drafting) * (self.block_size + 1):
+            # More are prompts, whose rows come once whatever is drafted: drafting would look dearer than it is.
+            self._cost.observe_draft(len(drafting), capacity, width, seconds)
         return output
 
     def _known(self, sequence: SequenceState) -> Survival:

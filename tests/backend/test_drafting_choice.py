@@ -161,12 +161,15 @@ def test_static_policies_draft_always_and_all_before_anything_is_known():
 
 
 def test_new_ones_are_tried_along_with_others_or_when_a_quarter_of_the_batch_is_new():
-    dear, cheap = cost(0.5, 0.5), cost(0.03, 0.05)
+    dear, cheap = cost(0.05, 0.05), cost(0.03, 0.05)
     known = [Running(number, "causal", BAD) for number in range(6)]
     new = [Running(10 + number, "lagged") for number in range(2)]
-    assert choose(DraftingChoice(dear, BLOCK), known[:3] + new[:1]) == Chosen([3], BLOCK, BLOCK)
-    assert choose(DraftingChoice(dear, BLOCK), known[:4] + new[:1]).rows == []
-    assert choose(DraftingChoice(dear, BLOCK), known + new).rows == [6, 7]
+    middling = np.array([0.5, 0.3, 0.2, 0.1])
+    assert choose(DraftingChoice(dear, BLOCK), known[:3] + new[:1], prior=middling).rows == [3]
+    assert choose(DraftingChoice(dear, BLOCK), known[:4] + new[:1], prior=middling).rows == []
+    assert choose(DraftingChoice(cost(0.03, 0.02), BLOCK), known + new, prior=middling).rows == [6, 7]
+    # Where even good ones would not pay, nobody is tried.
+    assert choose(DraftingChoice(cost(1.0, 1.0), BLOCK), known + new, prior=middling).rows == []
     good = Running(20, "causal", GOOD)
     # How many draft is tried in quarters: beside the good one there is another.
     assert choose(DraftingChoice(cheap, BLOCK), [*known, good]).rows == [0, 6]
