@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import artifacts
 import pytest
+from first_start import FirstStart
 from tiny_text_model import write_text_model
+
+_FIRST_START = pytest.StashKey[FirstStart]()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def cost(item: pytest.Item) -> int:
-        return 2 if item.get_closest_marker("server") else 1 if item.get_closest_marker("slow") else 0
+    items.sort(key=_cost)  # stable: what shares a fixture stays together
 
-    items.sort(key=cost)  # stable: what shares a fixture stays together
+
+def _cost(item: pytest.Item) -> int:
+    return 2 if item.get_closest_marker("server") else 1 if item.get_closest_marker("slow") else 0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    shared = getattr(config, "workerinput", {}).get("first_start")
+    config.stash[_FIRST_START] = FirstStart(Path(shared or tempfile.mkdtemp(prefix="dspark-first-start-")))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput["first_start"] = str(node.config.stash[_FIRST_START].folder)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    used = any("first_start" in getattr(item, "fixturenames", ()) for item in session.items)
+    if used and not session.config.option.collectonly:
+        session.config.stash[_FIRST_START].begin()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    begun = config.stash.get(_FIRST_START, None)
+    if begun is not None and not hasattr(config, "workerinput"):  # others may still use it
+        begun.end()
+
+
+@pytest.fixture(scope="session", name="first_start")
+def _first_start(pytestconfig: pytest.Config) -> FirstStart:
+    """``--once`` with an empty cache, or that of an earlier run; it began with the first test of the session."""
+    return pytestconfig.stash[_FIRST_START]
 
 
 @pytest.fixture(scope="session")

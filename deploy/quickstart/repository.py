@@ -74,6 +74,16 @@ def export_key(salt: str, wanted: Export) -> str:
     return digest.hexdigest()[:12]
 
 
+def place_of(wanted: Export, salt: str, cache: Path) -> Path:
+    """The folder that ``export`` fills with it."""
+    return cache / "artifacts" / f"{wanted.stage}-{wanted.name}-{export_key(salt, wanted)}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Does it hold a whole export?"""
+    return (folder / MARKER).is_file()
+
+
 def export(command: Sequence[str], wanted: Export, salt: str, cache: Path, log: Path) -> Path:
     """The folder of an exported stage; exported now unless it is there. Call it under the cache's lock.
 
@@ -84,11 +94,12 @@ def export(command: Sequence[str], wanted: Export, salt: str, cache: Path, log: 
     Raises:
         QuickstartError: with the end of the exporter's output.
     """
-    label = f"{wanted.stage}-{wanted.name}"
-    target = cache / "artifacts" / f"{label}-{export_key(salt, wanted)}"
-    if (target / MARKER).is_file():
+    target = place_of(wanted, salt, cache)
+    if is_complete(target):
         return target
-    for earlier in target.parent.glob(f"{label}-*"):  # served copies are hard links: they keep their data
+    for earlier in target.parent.glob(
+        f"{wanted.stage}-{wanted.name}-*"
+    ):  # served copies are hard links: they keep their data
         shutil.rmtree(earlier, ignore_errors=True)
     target.mkdir(parents=True)
     log.parent.mkdir(parents=True, exist_ok=True)

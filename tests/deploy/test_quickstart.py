@@ -12,108 +12,30 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
-from artifacts import CHECKOUT, cache_folder
+from artifacts import quickstart_cache
+from first_start import FirstStart
+from quickstart_calls import HOST, QUESTION, RUN, START_SECS, Quickstart, free_base
 from server_state import until
 
-from dspark_backend.errors import ConfigError
 from dspark_backend.serving.distribution import STUB_NAME
-from dspark_backend.serving.options import Ports
 from dspark_client import DSparkClient, GenerateOptions, Message
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.timeout(300)]
 
-RUN = CHECKOUT / "deploy" / "quickstart" / "run"
-QUESTION = "What is the capital of France?"
-HOST = "127.0.0.1"
-START_SECS = 60.0
 STOP_SECS = 15.0
 INSTANT_SECS = 5.0
 
 
-@dataclass(frozen=True)
-class Quickstart:
-    """Calls of the script with one cache and one base of ports."""
-
-    cache: Path
-    base: int
-
-    @property
-    def folder(self) -> Path:
-        """Repository, logs and state file of the server."""
-        return self.cache / "run" / str(self.base)
-
-    @property
-    def grpc_url(self) -> str:
-        return f"{HOST}:{self.base + 1}"
-
-    @property
-    def command(self) -> list[str]:
-        return [str(RUN), "--port-base", str(self.base)]
-
-    @property
-    def variables(self) -> dict[str, str]:
-        return os.environ | {"DSPARK_CACHE": str(self.cache)}
-
-    def run(self, *arguments: str, timeout: float = START_SECS) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*self.command, *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            env=self.variables,
-        )
-
-    def processes(self) -> list[str]:
-        """Command lines of what belongs to the server: itself, its stubs, probes and clients."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                line = " ".join(process.cmdline())
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
-                continue
-            if str(self.folder) in line or self.grpc_url in line:
-                found.append(line)
-        return found
-
-    def check_gone(self) -> None:
-        assert self.processes() == []
-        Ports.from_base(self.base).check_free(HOST)
-        assert not (self.folder / "server.json").exists()
-
-
-def free_base() -> int:
-    """The first of three consecutive ports that nobody uses at the moment."""
-    for _ in range(100):
-        base = Ports.free().http
-        try:
-            Ports.from_base(base).check_free(HOST)
-        except ConfigError:
-            continue
-        return base
-    raise AssertionError("no three consecutive free ports")
-
-
 @pytest.fixture(scope="module")
-def cache() -> Path:
-    return cache_folder() / "quickstart"
-
-
-@pytest.fixture(scope="module")
-def once(cache: Path) -> Iterator[tuple[Quickstart, subprocess.CompletedProcess[str]]]:
-    """A whole ``--once``; where the cache is empty it installs and exports."""
-    quickstart = Quickstart(cache, free_base())
-    yield quickstart, quickstart.run("--once", QUESTION, timeout=280)
-    shutil.rmtree(quickstart.folder, ignore_errors=True)
+def once(first_start: FirstStart) -> subprocess.CompletedProcess[str]:
+    return first_start.wait()
 
 
 @pytest.fixture
-def quickstart(cache: Path, once: object) -> Iterator[Quickstart]:
+def quickstart(once: object) -> Iterator[Quickstart]:
     """With a filled cache; stopped after the test whatever happens in it."""
-    quickstart = Quickstart(cache, free_base())
+    quickstart = Quickstart(quickstart_cache(), free_base())
     yield quickstart
     quickstart.run("--stop")
     # Its repository holds hard links, which would keep the data of artifacts that the cache has replaced.
@@ -158,21 +80,20 @@ def _heed_interrupts() -> None:
 
 
 def test_once_answers_on_stdout_and_leaves_nothing(
-    once: tuple[Quickstart, subprocess.CompletedProcess[str]],
+    first_start: FirstStart, once: subprocess.CompletedProcess[str]
 ) -> None:
-    quickstart, done = once
-    assert done.returncode == 0, done.stderr
-    assert "Paris" in done.stdout
-    assert done.stdout.endswith("\n")
+    assert once.returncode == 0, once.stderr
+    assert "Paris" in once.stdout
+    assert once.stdout.endswith("\n")
     for progress in ("dspark quickstart", "serving after", "stopping the server: done in", " out"):
-        assert progress in done.stderr
-        assert progress not in done.stdout
-    assert "Paris" not in done.stderr
-    quickstart.check_gone()
+        assert progress in once.stderr
+        assert progress not in once.stdout
+    assert "Paris" not in once.stderr
+    first_start.quickstart.check_gone()
 
 
 def test_a_detached_server_reuses_the_cache_and_answers_until_it_is_stopped(
-    quickstart: Quickstart, once: tuple[Quickstart, subprocess.CompletedProcess[str]]
+    quickstart: Quickstart, once: subprocess.CompletedProcess[str]
 ) -> None:
     started = quickstart.run("--detach")
     assert (started.returncode, started.stdout) == (0, ""), started.stderr
@@ -184,7 +105,7 @@ def test_a_detached_server_reuses_the_cache_and_answers_until_it_is_stopped(
         (answer,) = client.generate(
             messages=[Message("user", QUESTION)], options=GenerateOptions(max_tokens=128), timeout=60
         )
-    assert answer.text.rstrip("\n") == once[1].stdout.rstrip("\n")
+    assert answer.text.rstrip("\n") == once.stdout.rstrip("\n")
 
     second = quickstart.run("--once", QUESTION, timeout=INSTANT_SECS)
     assert (second.returncode, second.stdout) == (1, "")

@@ -20,6 +20,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.append(str(CHECKOUT / "deploy" / "quickstart"))
 
 import repository as quickstart_repository  # noqa: E402
+from environment import MARKER as VENV_MARKER  # noqa: E402
 from locks import exclusive  # noqa: E402
 
 GOLDEN = CHECKOUT / "tests" / "golden"
@@ -60,6 +61,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("DSPARK_TEST_CACHE") or "~/.cache/dspark-tests").expanduser().resolve()
 
 
+def quickstart_cache() -> Path:
+    """The quickstart's own, where its tests call it."""
+    return cache_folder() / "quickstart"
+
+
 def exported(model: str, folder: Path) -> Path:
     """The verifier artifact of what dspark-export takes as ``--model``, exported at most once for its sources.
 
@@ -69,12 +75,29 @@ def exported(model: str, folder: Path) -> Path:
 
 
 def served_pair(folder: Path) -> tuple[Path, Path]:
-    """Verifier and drafter that the quickstart serves, as it exports them; otherwise as ``exported``."""
+    """Verifier and drafter that the quickstart serves: those of its cache, else exported as ``exported`` does."""
+    with exclusive(quickstart_cache() / "prepare.lock"):
+        verifier, drafter = _served_by_the_quickstart() or _served_pair()
+        return _linked(verifier, folder / "verifier"), _linked(drafter, folder / "drafter")
+
+
+def _served_by_the_quickstart() -> tuple[Path, Path] | None:
+    for marker in quickstart_cache().glob(f"venv-*/{VENV_MARKER}"):
+        key = marker.read_text()
+        verifier = quickstart_repository.place_of(quickstart_repository.served_verifier(), key, quickstart_cache())
+        drafter = quickstart_repository.place_of(
+            quickstart_repository.served_drafter(verifier), key, quickstart_cache()
+        )
+        if quickstart_repository.is_complete(verifier) and quickstart_repository.is_complete(drafter):
+            return verifier, drafter
+    return None
+
+
+def _served_pair() -> tuple[Path, Path]:
     # Apart from other exports of this model: a cache keeps one of each name.
     cache = cache_folder() / "served"
     verifier = cached_export(quickstart_repository.served_verifier(), cache)
-    drafter = cached_export(quickstart_repository.served_drafter(verifier), cache)
-    return _linked(verifier, folder / "verifier"), _linked(drafter, folder / "drafter")
+    return verifier, cached_export(quickstart_repository.served_drafter(verifier), cache)
 
 
 def cached_export(wanted: quickstart_repository.Export, cache: Path | None = None) -> Path:
