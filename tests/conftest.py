@@ -1,7 +1,12 @@
-"""Order of the whole suite (fast tests first, then slow ones, then those with a server), and exported models."""
+"""Order of the whole suite (fast tests first, then slow ones, then those with a server), and exported models.
+
+With ``-n 2 --dist loadgroup --no-loadscope-reorder`` two processes share the tests by modules, in that order. Those
+that start servers are all for one of them, because they look at what servers leave on the machine.
+"""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,18 +14,42 @@ from typing import Any
 import artifacts
 import pytest
 from first_start import FirstStart
+from hypothesis import settings
 from tiny_text_model import write_text_model
 
+# How long an example takes says nothing where other processes use the machine.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
+
+_SERVING = Path(__file__).with_name("serving")
 _FIRST_START = pytest.StashKey[FirstStart]()
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):
+        if config.option.dist != "loadgroup":
+            raise pytest.UsageError("expected --dist loadgroup --no-loadscope-reorder beside -n, as in .ci/run")
+        # Two processes with two spinning threads each are slower than two with one.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=_cost)  # stable: what shares a fixture stays together
+    if getattr(config.option, "loadgroup", False):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
 
 
 def _cost(item: pytest.Item) -> int:
     return 2 if item.get_closest_marker("server") else 1 if item.get_closest_marker("slow") else 0
+
+
+def _group(item: pytest.Item) -> str:
+    if _cost(item) == 2 or _SERVING in item.path.parents:
+        return "servers"
+    return f"{item.path.parent.name}-{item.path.stem}{'-slow' if _cost(item) else ''}"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import artifacts
 import pytest
-from engines import Driver, request
+from engines import THREADS, Driver, request
 from random_drafter import write_random_drafter
 from speculation import POLICIES, SpeculatingDriver
 
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 HEADS = ("vanilla", "gated", "rnn")
 TOKENS = 12
-SETTINGS = {"threads": 2, "kv_budget_mib": 1024, "max_context": 128}
+SETTINGS = {"threads": THREADS, "kv_budget_mib": 1024, "max_context": 128}
 TEXTS = (
     "Why is the sky blue?",
     "def fibonacci(n):",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import KeepingSink, ids, open_runner, request
+from engines import THREADS, KeepingSink, ids, open_runner, request
 
 from dspark_backend.runner import EngineRunner
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
@@ -42,7 +42,7 @@ def reference() -> Any:
 
 @pytest.fixture(scope="module")
 def runner(smollm2_artifact):
-    made = open_runner(smollm2_artifact, threads=2, kv_budget_mib=1024)
+    made = open_runner(smollm2_artifact, threads=THREADS, kv_budget_mib=1024)
     yield made
     made.stop()
 
@@ -85,7 +85,7 @@ def most_probable(reference: Any, prompt: tuple[int, ...], answer: list[int]) ->
 def test_logits(smollm2_artifact, reference, prompts):
     import torch
 
-    stage = OnnxRuntimeVerifier(smollm2_artifact, 2)
+    stage = OnnxRuntimeVerifier(smollm2_artifact, THREADS)
     token_ids = [token for prompt in prompts for token in prompt][:300]
     ours = prompt_logits(stage, token_ids, 64)
     stage.close()

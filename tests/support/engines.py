@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from dspark_backend.runner import EngineRunner, load_tokenizer
 from dspark_backend.sequence import RequestState
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
 from dspark_backend.stages.protocol import VerifierStage
+
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+"""For large models: both of a small machine's processors, unless tests run on the other one meanwhile."""
 
 
 @dataclass(eq=False)
