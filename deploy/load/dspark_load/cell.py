@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-WAVE = 16
-"""Most requests that a closed loop sends beyond its first one a stream."""
+WAVE = 64
+"""Most requests that a closed loop sends beyond its first one a stream; while the first arrive, prompts are most of the
+work."""
 
 
 @dataclass(frozen=True, order=True)
