@@ -213,7 +213,8 @@ def test_the_drafter_is_skipped_where_it_does_not_pay(speculating):
     cheap.run(wanted)
     metrics, other = dear.engine.metrics, cheap.engine.metrics
     assert metrics.spec_decode_drafter_skips_total.value > 40
-    assert metrics.spec_decode_num_verified_tokens_total.value == 0
+    # What was drafted to find out is there, and may be worth verifying.
+    assert metrics.spec_decode_num_verified_tokens_total.value <= 5
     # It looks again from time to time, so that it notices when drafting begins to pay.
     assert 2 <= metrics.spec_decode_num_drafts_total.value <= 5
     assert other.spec_decode_num_verified_tokens_total.value > 10
