@@ -51,16 +51,15 @@ def check_counts(answer: dict[str, list[Any]], policy: str | None, cap: int | No
     (rounds,) = answer["num_rounds"]
     assert answer["num_output_tokens"] == [1 + rounds + accepted], "the prompt's token, and one more than stood a round"
     assert 0 <= accepted <= verified <= drafted <= BLOCK * rounds
-    assert drafted % BLOCK == 0
-    depth = BLOCK if cap is None else cap
-    if policy is not None and policy.startswith("fixed:"):
-        depth = min(depth, int(policy.removeprefix("fixed:")))
-    assert verified <= depth * (drafted // BLOCK)
     if policy == "off" or cap == 0:
         assert drafted == 0
     elif policy is not None and policy.startswith(("fixed", "threshold")):
-        # Static policies draft in every round but the last, behind whose single token nothing is left to say.
-        assert drafted >= BLOCK * (rounds - 1)
+        # Static policies draft in every round but the last, behind whose single token nothing is left to say, and as
+        # far as they may verify.
+        width = min(BLOCK, BLOCK if cap is None else cap)
+        if policy.startswith("fixed:"):
+            width = min(width, int(policy.removeprefix("fixed:")))
+        assert drafted in (width * rounds, width * (rounds - 1))
     rate = accepted / verified if verified else 0.0
     assert answer["acceptance_rate"] == [pytest.approx(rate)]
 
@@ -227,7 +226,8 @@ def test_metrics_count_what_the_client_is_told(speculating, client):
         return sum(answer[name][0] for answer in answers)
 
     assert grown["num_draft_tokens_total"] == told("total_draft_tokens") > 0
-    assert grown["num_drafts_total"] == told("total_draft_tokens") / BLOCK
+    blocks = answers[0]["total_draft_tokens"][0] // BLOCK + answers[1]["total_draft_tokens"][0] // 2
+    assert blocks < grown["num_drafts_total"] <= blocks + answers[3]["num_rounds"][0]
     assert grown["num_verified_tokens_total"] == told("total_verified_draft_tokens")
     assert grown["num_accepted_tokens_total"] == told("total_accepted_draft_tokens") > 0
     for kind in ("verified", "accepted"):

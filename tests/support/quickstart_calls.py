@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,6 @@ from pathlib import Path
 import psutil
 from artifacts import CHECKOUT
 
-from dspark_backend.errors import ConfigError
 from dspark_backend.serving.options import Ports
 
 RUN = CHECKOUT / "deploy" / "quickstart" / "run"
@@ -74,13 +72,5 @@ class Quickstart:
 
 
 def free_base() -> int:
-    """The first of three consecutive ports that nobody uses, below those that Linux hands out by itself: they are
-    still free when an installation has ended.
-    """
-    for base in random.SystemRandom().sample(range(20_000, 32_000, 3), 100):
-        try:
-            Ports.from_base(base).check_free(HOST)
-        except ConfigError:
-            continue
-        return base
-    raise AssertionError("no three consecutive free ports")
+    """The first of three consecutive ports that nobody uses."""
+    return Ports.free(HOST).http

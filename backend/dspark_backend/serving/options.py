@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import socket
 from collections.abc import Sequence
@@ -48,13 +49,20 @@ class Ports:
 
     @classmethod
     def free(cls, host: str = "127.0.0.1") -> Ports:
-        """Three ports that nobody uses at the moment."""
-        sockets = [socket.create_server((host, 0)) for _ in range(3)]
-        try:
-            return cls(*(sock.getsockname()[1] for sock in sockets))
-        finally:
-            for sock in sockets:
-                sock.close()
+        """Three ports in a row that nobody uses, below those that Linux hands out by itself: connections of others do
+        not take them before a server does.
+
+        Raises:
+            PortInUse: there are none.
+        """
+        for base in random.SystemRandom().sample(range(20_000, 32_000, 3), 200):
+            ports = cls.from_base(base)
+            try:
+                ports.check_free(host)
+            except PortInUse:
+                continue
+            return ports
+        raise PortInUse(f"no three free ports in a row from 20000 to 32000 on {host}; stop what listens there")
 
     def named(self) -> tuple[tuple[str, int], ...]:
         return (("http", self.http), ("grpc", self.grpc), ("metrics", self.metrics))
