@@ -1,7 +1,6 @@
 """Order of the whole suite (fast tests first, then slow ones, then those with a server), and exported models.
 
-With ``-n 2 --dist loadgroup --no-loadscope-reorder`` two processes share the tests by modules, in that order. Those
-that start servers are all for one of them, because they look at what servers leave on the machine.
+With ``-n 2`` two processes share them (sharing.py).
 """
 
 from __future__ import annotations
@@ -21,35 +20,35 @@ from tiny_text_model import write_text_model
 settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
-_SERVING = Path(__file__).with_name("serving")
+SERVERS = ("tests/server/", "tests/serving/", "tests/deploy/test_load_run.py", "tests/deploy/test_quickstart.py")
+"""What starts servers looks at what servers leave on the machine, so one process has all of it."""
 _FIRST_START = pytest.StashKey[FirstStart]()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads its options
+@pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None):
-        if config.option.dist != "loadgroup":
-            raise pytest.UsageError("expected --dist loadgroup --no-loadscope-reorder beside -n, as in .ci/run")
         # Two processes with two spinning threads each are slower than two with one.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from sharing import SharedScheduling  # xdist is only needed for -n
+
+    return SharedScheduling(config, log, SERVERS)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    strays = {item.nodeid for item in items if _cost(item) == 2 and not item.nodeid.startswith(SERVERS)}
+    if strays:
+        raise pytest.UsageError(f"expected tests that need a server in one of {SERVERS}, got {sorted(strays)}")
     items.sort(key=_cost)  # stable: what shares a fixture stays together
-    if getattr(config.option, "loadgroup", False):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
 
 
 def _cost(item: pytest.Item) -> int:
     return 2 if item.get_closest_marker("server") else 1 if item.get_closest_marker("slow") else 0
-
-
-def _group(item: pytest.Item) -> str:
-    if _cost(item) == 2 or _SERVING in item.path.parents:
-        return "servers"
-    return f"{item.path.parent.name}-{item.path.stem}{'-slow' if _cost(item) else ''}"
 
 
 def pytest_configure(config: pytest.Config) -> None:
