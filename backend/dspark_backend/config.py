@@ -64,7 +64,8 @@ class EngineConfig:
     prefill_chunk: int = 256
     """Prompt tokens a step while nothing streams."""
     prefill_chunk_busy: int = 64
-    """Prompt tokens a step while other requests stream: more starts a request sooner, less keeps the others even."""
+    """Prompt tokens a step for each prompt that waits while others stream, up to prefill_chunk in all: more starts a
+    request sooner, less keeps the others even."""
     prefix_reuse: bool = True
     """Start from cached rows of an earlier prompt with the same beginning."""
     max_prompt_bytes: int = 0

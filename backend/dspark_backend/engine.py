@@ -127,7 +127,7 @@ class Engine:
 
     def _prefill(self) -> None:
         """Put the next chunk of prompts into the cache; a prompt's last token gives the first one of the answer."""
-        budget = self._config.prefill_chunk_busy if self.roster.verifying else self._config.prefill_chunk
+        budget = self._prompt_budget()
         chosen: list[SequenceState] = []
         pieces: list[Sequence[int]] = []
         leading = {sequence.state for sequence in self.roster.prefilling if sequence.index == 0}
@@ -154,6 +154,18 @@ class Engine:
                 self.roster.promote(sequence)
                 if self._take(sequence, Block(), ran.targets[row]) is not None:
                     self.roster.emit(sequence)
+
+    def _prompt_budget(self) -> int:
+        """Most prompt tokens of this step.
+
+        Beside streams a prompt may slow them by a small chunk. Each further prompt that waits adds as much: with a
+        fixed chunk the slots of a full server fill with prompts that wait for each other, and few of them decode.
+        """
+        config, roster = self._config, self.roster
+        if not roster.verifying:
+            return config.prefill_chunk
+        prompts = len({sequence.state for sequence in roster.prefilling})
+        return max(config.prefill_chunk_busy, min(config.prefill_chunk, prompts * config.prefill_chunk_busy))
 
     def _start_prefill(self, sequence: SequenceState) -> None:
         """Late, so that siblings of one request find the first one's rows in the cache."""

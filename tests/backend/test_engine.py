@@ -116,6 +116,24 @@ class TestPrefill:
         assert self.widths(driver, prompt(1, 40)) == [16, 16, 8]
         assert len(streaming.tokens()) == before + 3
 
+    def test_busy_chunks_grow_with_the_prompts_that_wait(self, artifact):
+        driver = self.wrapped(artifact, prefill_chunk=64, prefill_chunk_busy=24)
+        driver.submit(ids(*PROMPT, max_tokens=100))
+        driver.engine.step()
+        for index in range(2):
+            driver.submit(ids(*prompt(index, 60), max_tokens=2))
+        # Three prompts wait (64 of 72), then two (48), then what is left of the last one.
+        assert self.widths(driver, prompt(2, 60)) == [64, 48, 48, 20]
+
+    def test_siblings_of_a_request_wait_as_one_prompt(self, artifact):
+        driver = self.wrapped(artifact, prefill_chunk=64, prefill_chunk_busy=24)
+        driver.submit(ids(*PROMPT, max_tokens=100))
+        driver.engine.step()
+        driver.submit(ids(*prompt(1, 60), max_tokens=2, num_sequences=3))
+        start = len(driver.stage.batches)
+        driver.engine.step()
+        assert driver.stage.batches[start].num_tokens == 24
+
     def test_chunk_is_shared_by_prompts(self, artifact):
         driver = self.wrapped(artifact, prefill_chunk=50)
         for index in range(3):
