@@ -12,6 +12,7 @@ from dspark_backend.config import EngineConfig
 from dspark_backend.errors import DSparkError, InternalError, NotFinite
 from dspark_backend.kv_cache import KvCache
 from dspark_backend.metrics import EngineMetrics
+from dspark_backend.prompt_chunks import chunk_budget, neighbours
 from dspark_backend.roster import SEE_LOG, Roster
 from dspark_backend.round_plan import Block, Round
 from dspark_backend.sequence import RequestState, SequenceState
@@ -127,26 +128,37 @@ class Engine:
 
     def _prefill(self) -> None:
         """Put the next chunk of prompts into the cache; a prompt's last token gives the first one of the answer."""
-        budget = self._prompt_budget()
+        config, roster = self._config, self.roster
+        waiting = len({sequence.state for sequence in roster.prefilling})
+        budget = chunk_budget(waiting, bool(roster.verifying), config.prefill_chunk, config.prefill_chunk_busy)
         chosen: list[SequenceState] = []
         pieces: list[Sequence[int]] = []
-        leading = {sequence.state for sequence in self.roster.prefilling if sequence.index == 0}
-        for sequence in self.roster.prefilling:
+        leading = {sequence.state for sequence in roster.prefilling if sequence.index == 0}
+        for sequence in roster.prefilling:
             if budget <= 0:
                 break
             if not sequence.prefill_started:
-                if self._config.prefix_reuse and sequence.index > 0 and sequence.state in leading:
+                if config.prefix_reuse and sequence.index > 0 and sequence.state in leading:
                     continue  # one step later the prompt's rows are there to be copied
                 self._start_prefill(sequence)
             start = sequence.held_slot.length
             pieces.append(sequence.prepared.prompt_ids[start : start + budget])
             chosen.append(sequence)
             budget -= len(pieces[-1])
-        ran = self._run(chosen, pieces)
+        if chosen:
+            # Before it is asked which are neighbours: it may move sequences to other slots.
+            self._make_room(chosen, pieces)
+        slots = [sequence.held_slot.index for sequence in chosen]
+        for run in neighbours(slots, [len(piece) for piece in pieces]):
+            self._prefill_run([(chosen[place], pieces[place]) for place in run if chosen[place].slot is not None])
+
+    def _prefill_run(self, pairs: Sequence[tuple[SequenceState, Sequence[int]]]) -> None:
+        """One run of the verifier over pieces of prompts."""
+        ran = self._run([sequence for sequence, _ in pairs], [piece for _, piece in pairs])
         if ran is None:
             return
         self.metrics.prefill_seconds_total.add(ran.seconds)
-        for row, (sequence, piece) in enumerate(zip(chosen, pieces, strict=True)):
+        for row, (sequence, piece) in enumerate(pairs):
             if sequence.slot is None:
                 continue  # another sequence of its request failed just now
             self._commit(sequence, piece, ran.features[row])
@@ -154,18 +166,6 @@ class Engine:
                 self.roster.promote(sequence)
                 if self._take(sequence, Block(), ran.targets[row]) is not None:
                     self.roster.emit(sequence)
-
-    def _prompt_budget(self) -> int:
-        """Most prompt tokens of this step.
-
-        Beside streams a prompt may slow them by a small chunk. Each further prompt that waits adds as much: with a
-        fixed chunk the slots of a full server fill with prompts that wait for each other, and few of them decode.
-        """
-        config, roster = self._config, self.roster
-        if not roster.verifying:
-            return config.prefill_chunk
-        prompts = len({sequence.state for sequence in roster.prefilling})
-        return max(config.prefill_chunk_busy, min(config.prefill_chunk, prompts * config.prefill_chunk_busy))
 
     def _start_prefill(self, sequence: SequenceState) -> None:
         """Late, so that siblings of one request find the first one's rows in the cache."""
@@ -229,9 +229,8 @@ class Engine:
         """
         if not chosen:
             return None
-        ends = [sequence.held_slot.length + len(piece) for sequence, piece in zip(chosen, pieces, strict=True)]
         # Before the segments: it may move sequences to other slots.
-        self.cache.prepare(max(ends))
+        self._make_room(chosen, pieces)
         segments = []
         for sequence, piece in zip(chosen, pieces, strict=True):
             slot = sequence.held_slot
@@ -247,6 +246,11 @@ class Engine:
                 self.roster.fail(sequence.state, InternalError(f"the model failed: {error}"))
             return None
         return _Ran.of(batch, output, time.perf_counter() - begin)
+
+    def _make_room(self, chosen: Sequence[SequenceState], pieces: Sequence[Sequence[int]]) -> None:
+        """Bring the cache into the shape that the next tokens of these sequences want."""
+        ends = (sequence.held_slot.length + len(piece) for sequence, piece in zip(chosen, pieces, strict=True))
+        self.cache.prepare(max(ends))
 
     def _take(self, sequence: SequenceState, block: Block, target: TargetRows) -> int | None:
         """Append the target's tokens to a sequence. Returns how many drafts stood; None where the request failed."""

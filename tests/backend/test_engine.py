@@ -125,6 +125,18 @@ class TestPrefill:
         # Three prompts wait (64 of 72), then two (48), then what is left of the last one.
         assert self.widths(driver, prompt(2, 60)) == [64, 48, 48, 20]
 
+    def test_prompts_in_far_slots_run_apart(self, artifact):
+        driver = self.wrapped(artifact, prefill_chunk=200, max_slots=8)
+        for index in range(8):
+            driver.submit(ids(*prompt(index, 20), max_tokens=2 if index in (0, 7) else 100))
+        driver.engine.step()  # the first and the last have ended, and their slots are free
+        first = driver.submit(ids(*prompt(8, 40), max_tokens=2))[1]
+        last = driver.submit(ids(*prompt(9, 40), max_tokens=2))[1]
+        start = len(driver.stage.batches)
+        driver.engine.step()
+        assert [batch.num_tokens for batch in driver.stage.batches[start : start + 2]] == [40, 40]
+        assert first.deltas and last.deltas
+
     def test_siblings_of_a_request_wait_as_one_prompt(self, artifact):
         driver = self.wrapped(artifact, prefill_chunk=64, prefill_chunk_busy=24)
         driver.submit(ids(*PROMPT, max_tokens=100))
