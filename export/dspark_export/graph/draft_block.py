@@ -43,7 +43,7 @@ def block_inputs(
     ``block_rows`` and ``starts`` [R], ``query_index`` [S, m].
     """
     one = tape.constant([1])
-    offsets = tape.op("Unsqueeze", tape.op("Range", *_scalars(tape, width)), tape.constant([0]))  # [1, m]
+    offsets = tape.op("Unsqueeze", tape.range(width), tape.constant([0]))  # [1, m]
     nothing = tape.op("Mul", offsets, tape.constant(0))
     start = tape.op("Unsqueeze", starts, one)
     row = tape.op("Unsqueeze", block_rows, one)
@@ -58,8 +58,3 @@ def block_inputs(
         horizon=positions if causal else tape.reshape(ends, (-1,)),
         window_end=tape.reshape(before, (-1,)),
     )
-
-
-def _scalars(tape: GraphTape, width: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """0, m, 1: what Range counts by."""
-    return tape.constant(0), tape.op("Squeeze", width, tape.constant([0])), tape.constant(1)
