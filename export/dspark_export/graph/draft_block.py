@@ -12,12 +12,6 @@ WIDTH = "W"
 """Dimension of a block's slots where a round may have fewer than the block size."""
 
 
-def block_width(tape: GraphTape, uniforms: ir.Value) -> ir.Value:
-    """int64 [1]: slots of a block, of which ``uniforms`` [R, m] has a number each."""
-    width: ir.Value = tape.op("Shape", uniforms, start=1, end=2)
-    return width
-
-
 def block_tokens(tape: GraphTape, spec: DrafterSpec, anchors: ir.Value, width: ir.Value) -> ir.Value:
     """int64 [R * m]: each of ``anchors`` [R] and mask tokens behind it."""
     masks = tape.op(
