@@ -34,7 +34,8 @@ def block_inputs(
     """Slot k of request i is token i * m + k, at position starts[i] + k; it may look up to the block's end, or, where
     ``causal``, to itself. Windows count positions before the anchor: all slots see the same of them.
 
-    ``block_rows`` and ``starts`` [R], ``query_index`` [S, m].
+    ``block_rows`` and ``starts`` [R], ``query_index`` [S, Q]: a stage may bind more columns than the m of a block,
+    which no slot reads.
     """
     one = tape.constant([1])
     offsets = tape.op("Unsqueeze", tape.range(width), tape.constant([0]))  # [1, m]

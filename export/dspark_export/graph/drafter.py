@@ -122,7 +122,7 @@ class DrafterGraph:
         anchors = graph_input("anchors", _INT, (requests,))
         block_rows = graph_input("block_rows", _INT, (requests,))
         starts = graph_input("starts", _INT, (requests,))
-        query_index = graph_input("query_index", _INT, (slots, block))
+        query_index = graph_input("query_index", _INT, (slots, spec.block_size if static else "Q"))
 
         head = SequentialHead(spec, self._blocks(self._small_linears()), self._linears(anchors), requests, static)
         slots_each = spec.block_size if static else head.width
@@ -238,7 +238,7 @@ class DrafterGraph:
     def _project(
         self, blocks: Blocks, prefix: str, normed: ir.Value, layout: RaggedLayout
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Queries [S, Hkv, G*m, D], keys and values [R*m, Hkv, D] of the block rows."""
+        """Queries [S, Hkv, G*Q, D], keys and values [R*m, Hkv, D] of the block rows."""
         tape, attention = self._tape, self._spec.decoder.attention
         joined, value = blocks.query_key_value(prefix, attention, normed)
         width = (attention.num_heads + attention.num_kv_heads) * attention.head_dim

@@ -99,7 +99,7 @@ class DeepSeekDrafterGraph:
         anchors = graph_input("anchors", _INT, ("R",))
         block_rows = graph_input("block_rows", _INT, ("R",))
         starts = graph_input("starts", _INT, ("R",))
-        query_index = graph_input("query_index", _INT, ("S", block))
+        query_index = graph_input("query_index", _INT, ("S", "Q"))
 
         linears = FloatLinears(tape, parts.weights)
         head = SequentialHead(spec, Blocks(dialect, self._decoder, parts.weights, linears), linears)
