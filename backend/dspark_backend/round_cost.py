@@ -48,8 +48,8 @@ class RoundCost:
         slot of a block.
         """
         step = float(self._curve(num_requests, capacity, 0)[0])
-        slots = (self._draft_seconds(num_requests, capacity, width) for width in (self._block_size, 1))
-        return max(self._model.place_seconds(num_requests, capacity), next(slots) - next(slots)) > 1e-3 * step
+        block, slot = (self._draft_seconds(num_requests, capacity, width) for width in (self._block_size, 1))
+        return max(self._model.place_seconds(num_requests, capacity), block - slot) > 1e-3 * step
 
     def draft_seconds(self, num_requests: int, capacity: int, width: int) -> float:
         """Of a drafting round of ``width`` slots for each of so many requests."""

@@ -143,23 +143,23 @@ class Speculator:
         """Most drafts worth verifying: the last token of an answer needs no draft behind it."""
         limits = []
         for sequence in running:
-            prepared = sequence.prepared
-            most = prepared.max_tokens - sequence.context.output_length - 1
-            cap = prepared.request.max_draft_tokens
-            most = min(most, prepared.policy.deepest)
-            limits.append(max(0, min(most, self.block_size, self.block_size if cap is None else cap)))
+            left = sequence.prepared.max_tokens - sequence.context.output_length - 1
+            limits.append(max(0, min(left, self._deepest(sequence))))
         return np.array(limits, dtype=np.int64)
+
+    def _deepest(self, sequence: SequenceState) -> int:
+        """Most drafts that are ever verified of a sequence, by its policy and its own cap."""
+        cap = sequence.prepared.request.max_draft_tokens
+        return min(sequence.prepared.policy.deepest, self.block_size, self.block_size if cap is None else cap)
 
     def _width(self, sequence: SequenceState, choice: Chosen) -> int:
         """Slots to draft for a sequence."""
         if not self._drafter.artifact.variable_width:
             return self.block_size
-        prepared = sequence.prepared
-        if prepared.policy.adaptive:
+        if sequence.prepared.policy.adaptive:
             return choice.width
         # Not fewer towards the answer's end, nor as others of the batch want it: a seed's drafts stay the same.
-        cap = prepared.request.max_draft_tokens
-        return min(prepared.policy.deepest, self.block_size, self.block_size if cap is None else cap)
+        return self._deepest(sequence)
 
     def _draft(
         self, drafting: Sequence[SequenceState], widths: IntArray, greedy: NDArray[np.bool_], capacity: int
@@ -207,9 +207,12 @@ class Speculator:
         return output
 
     def _known(self, sequence: SequenceState) -> Survival:
-        """A mean curve of the sequence; of everybody before it has drafted, and at the very start an even chance."""
-        if sequence.draft.expected is not None:
-            return sequence.draft.expected
+        """A mean curve of the sequence; of everybody before it has drafted."""
+        return sequence.draft.expected if sequence.draft.expected is not None else self._usual
+
+    @property
+    def _usual(self) -> Survival:
+        """A mean curve of everybody; at the very start an even chance."""
         return self._prior if self._prior is not None else self._even
 
     def _seconds(self, widths: IntArray, limits: IntArray, count: int, capacity: int) -> FloatArray:
@@ -262,11 +265,9 @@ class Speculator:
         return depths
 
     def _lagged(self, sequence: SequenceState) -> Survival:
-        """Survival of two rounds ago; before that the mean over everybody, and at the very start an even chance."""
+        """Survival of two rounds ago; before that the mean over everybody."""
         recent = sequence.draft.recent
-        if len(recent) == 2:
-            return recent[0]
-        return self._prior if self._prior is not None else self._even
+        return recent[0] if len(recent) == 2 else self._usual
 
     def _remember(self, drafting: Sequence[SequenceState], survival: FloatArray) -> None:
         for sequence, curve in zip(drafting, survival, strict=True):

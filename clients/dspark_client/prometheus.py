@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
@@ -41,16 +43,21 @@ def fetch(url: str, prefix: str, timeout_s: float) -> list[Sample]:
         InvalidRequestError: the address is not one of HTTP.
         ServerConnectionError: it cannot be read.
     """
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    if parts.scheme not in {"http", "https"} or not parts.netloc:
-        raise InvalidRequestError(f"metrics url: expected http://host:port/metrics, got {url!r}")
-    full = urlunsplit(parts._replace(path=parts.path if parts.path.strip("/") else "/metrics"))
+    full = _full(url)
     try:
         with urllib.request.urlopen(full, timeout=timeout_s) as response:
             return list(parse(response.read().decode(), prefix))
-    except (OSError, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         raise ServerConnectionError(f"expected Prometheus metrics at {full}, got: {reason}") from error
+
+
+def _full(url: str) -> str:
+    with suppress(ValueError):
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        if parts.scheme in {"http", "https"} and parts.netloc:
+            return urlunsplit(parts._replace(path=parts.path if parts.path.strip("/") else "/metrics"))
+    raise InvalidRequestError(f"metrics url: expected http://host:port/metrics, got {url!r}")
 
 
 def _unescape(value: str) -> str:

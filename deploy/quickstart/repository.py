@@ -97,9 +97,8 @@ def export(command: Sequence[str], wanted: Export, salt: str, cache: Path, log: 
     target = place_of(wanted, salt, cache)
     if is_complete(target):
         return target
-    for earlier in target.parent.glob(
-        f"{wanted.stage}-{wanted.name}-*"
-    ):  # served copies are hard links: they keep their data
+    # Served copies are hard links: they keep their data.
+    for earlier in target.parent.glob(f"{wanted.stage}-{wanted.name}-*"):
         shutil.rmtree(earlier, ignore_errors=True)
     target.mkdir(parents=True)
     log.parent.mkdir(parents=True, exist_ok=True)

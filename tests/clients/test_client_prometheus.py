@@ -32,7 +32,10 @@ def test_samples_of_the_prefix_in_order():
 
 
 def test_a_wrong_address_is_said():
-    with pytest.raises(InvalidRequestError, match="http://host:port"):
-        fetch("ftp://host/metrics", "", 1.0)
+    for wrong in ("ftp://host/metrics", "http://[::1/metrics"):
+        with pytest.raises(InvalidRequestError, match="http://host:port"):
+            fetch(wrong, "", 1.0)
     with pytest.raises(ServerConnectionError, match="http://localhost:1/metrics"):
         fetch("localhost:1", "", 1.0)
+    with pytest.raises(ServerConnectionError, match="http://no host/metrics"):
+        fetch("no host", "", 1.0)

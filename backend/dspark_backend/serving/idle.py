@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dspark_backend.serving import samples
+from dspark_client import prometheus
+from dspark_client.errors import DSparkClientError
 
 GAUGES = ("num_requests_running", "num_requests_waiting")
 
@@ -14,5 +15,9 @@ def requests_in_flight(metrics_url: str, timeout: float = 1.0) -> int | None:
         metrics_url: Triton's ``http://host:port/metrics``.
         timeout: seconds.
     """
-    values = [sample.value for sample in samples.read(metrics_url, timeout) if sample.name.endswith(GAUGES)]
+    try:
+        samples = prometheus.fetch(metrics_url, "", timeout)
+    except DSparkClientError:
+        return None
+    values = [sample.value for sample in samples if sample.name.endswith(GAUGES)]
     return round(sum(values)) if values else None

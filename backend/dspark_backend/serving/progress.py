@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dspark_backend.serving import samples
+from dspark_client import prometheus
+from dspark_client.errors import DSparkClientError
 
 COUNTERS = ("dspark_steps_total", "dspark_prompt_tokens_total", "dspark_generation_tokens_total")
 
@@ -15,9 +16,9 @@ def work_done(metrics_url: str, model: str, timeout: float = 2.0) -> float | Non
         model: whose counters; another model's work does not show that this one lives.
         timeout: seconds.
     """
-    values = [
-        sample.value
-        for sample in samples.read(metrics_url, timeout)
-        if sample.name in COUNTERS and sample.labels.get("model") == model
-    ]
+    try:
+        samples = prometheus.fetch(metrics_url, "dspark_", timeout)
+    except DSparkClientError:
+        return None
+    values = [sample.value for sample in samples if sample.name in COUNTERS and ("model", model) in sample.labels]
     return sum(values) if values else None

@@ -47,8 +47,36 @@ class TensorLocation:
         return (stored.astype(np.uint32) << 16).view(np.float32)
 
 
+class _Sizes:
+    """What follows from sizes that both kinds of artifact have."""
+
+    runtime: str
+    dtype: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layer_caches: tuple[tuple[int, int], ...]
+
+    @property
+    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(key/value heads, channels a head) of every layer's cache."""
+        return self.layer_caches or ((self.num_kv_heads, self.head_dim),) * self.num_layers
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key/value head, in the layer where they are fewest."""
+        return self.num_heads // max(kv_heads for kv_heads, _ in self.cache_shapes)
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one position over all layers."""
+        item = 2 if self.runtime == "tensorrt" and self.dtype != "float32" else 4
+        return sum(2 * kv_heads * head_dim * item for kv_heads, head_dim in self.cache_shapes)
+
+
 @dataclass(frozen=True)
-class VerifierArtifact:
+class VerifierArtifact(_Sizes):
     """Everything about an exported target model that is not in its graph."""
 
     family: str
@@ -89,24 +117,9 @@ class VerifierArtifact:
     kind: str = "verifier"
     format_version: int = FORMAT_VERSION
 
-    @property
-    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(key/value heads, channels a head) of every layer's cache."""
-        return self.layer_caches or ((self.num_kv_heads, self.head_dim),) * self.num_layers
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a key/value head, in the layer where they are fewest."""
-        return self.num_heads // max(kv_heads for kv_heads, _ in self.cache_shapes)
-
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one position over all layers."""
-        return _bytes_per_token(self)
-
 
 @dataclass(frozen=True)
-class DrafterArtifact:
+class DrafterArtifact(_Sizes):
     """Everything about an exported drafter that is not in its graphs."""
 
     architecture: str
@@ -144,21 +157,6 @@ class DrafterArtifact:
     """For runtime tensorrt: its engines."""
     kind: str = "drafter"
     format_version: int = FORMAT_VERSION
-
-    @property
-    def cache_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(key/value heads, channels a head) of every layer's cache."""
-        return self.layer_caches or ((self.num_kv_heads, self.head_dim),) * self.num_layers
-
-    @property
-    def cache_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one position over all layers."""
-        return _bytes_per_token(self)
-
-
-def _bytes_per_token(artifact: VerifierArtifact | DrafterArtifact) -> int:
-    item = 2 if artifact.runtime == "tensorrt" and artifact.dtype != "float32" else 4
-    return sum(2 * kv_heads * head_dim * item for kv_heads, head_dim in artifact.cache_shapes)
 
 
 Artifact = TypeVar("Artifact", VerifierArtifact, DrafterArtifact)

@@ -53,8 +53,7 @@ class OnnxRuntimeDrafter:
         """Where the blocks of the last round were: mostly where those of the next one are."""
         self._cache = placement.cache(self._artifact.cache_shapes)
         # As in the verifier: a batched product with a single row takes another kernel.
-        heads, kv_heads = self._artifact.num_heads, max(heads for heads, _ in self._artifact.cache_shapes)
-        self._min_columns = 2 if heads == kv_heads else 1
+        self._min_columns = 2 if self._artifact.group == 1 else 1
 
     @property
     def artifact(self) -> DrafterArtifact:

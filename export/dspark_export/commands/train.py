@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from dspark_export.commands.layer_ids import layer_ids
 from dspark_export.commands.progress import console
 from dspark_export.commands.signals import stop_on_signals
 from dspark_export.errors import ExportError
@@ -110,7 +111,7 @@ def train(
     own = {field.name for field in fields(TrainSettings)} - {"text", "target_layer_ids", "clip"}
     settings = TrainSettings(
         text=CorpusSettings.from_options(given),
-        target_layer_ids=_layers(target_layer_ids),
+        target_layer_ids=layer_ids(target_layer_ids),
         **{name: given[name] for name in own},
     )
     with stop_on_signals() as stop, _display() as show:
@@ -121,15 +122,6 @@ def train(
         except FloatingPointError as error:
             raise ExportError(str(error)) from error
     _say(report, settings.out, verifier)
-
-
-def _layers(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ExportError(f"--target-layer-ids: expected numbers such as 1,8,14, got {text!r}") from None
 
 
 def _say(report: RunReport | None, out: Path, verifier: Path) -> None:

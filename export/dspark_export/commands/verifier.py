@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dspark_export.commands.layer_ids import layer_ids
 from dspark_export.commands.plan import show_plan
 from dspark_export.commands.progress import console, progress_bar
 from dspark_export.compare import compare_with_transformers
@@ -53,7 +54,7 @@ def verifier(
     """Export a target model."""
     begin = time.perf_counter()
     options = VerifierExport(
-        model, out, dtype, runtime, _layers(target_layer_ids), max_context,
+        model, out, dtype, runtime, layer_ids(target_layer_ids), max_context,
         calibration_text, calibration_tokens, check_tokens, rounding, check,
     )  # fmt: skip
     if dry_run:
@@ -81,14 +82,3 @@ def verifier(
             f"{result.largest_difference:.1e}, same argmax at {result.same_argmax:.1%}",
             highlight=False,
         )
-
-
-def _layers(text: str) -> tuple[int, ...] | None:
-    if not text:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(
-            f"expected layers such as 1,8,14, got {text!r}", param_hint="--target-layer-ids"
-        ) from None

@@ -12,12 +12,6 @@ WIDTH = "W"
 """Dimension of a block's slots where a round may have fewer than the block size."""
 
 
-def block_width(tape: GraphTape, uniforms: ir.Value) -> ir.Value:
-    """int64 [1]: slots of a block, of which ``uniforms`` [R, m] has a number each."""
-    width: ir.Value = tape.op("Shape", uniforms, start=1, end=2)
-    return width
-
-
 def block_tokens(tape: GraphTape, spec: DrafterSpec, anchors: ir.Value, width: ir.Value) -> ir.Value:
     """int64 [R * m]: each of ``anchors`` [R] and mask tokens behind it."""
     masks = tape.op(
@@ -40,10 +34,11 @@ def block_inputs(
     """Slot k of request i is token i * m + k, at position starts[i] + k; it may look up to the block's end, or, where
     ``causal``, to itself. Windows count positions before the anchor: all slots see the same of them.
 
-    ``block_rows`` and ``starts`` [R], ``query_index`` [S, m].
+    ``block_rows`` and ``starts`` [R], ``query_index`` [S, Q]: a stage may bind more columns than the m of a block,
+    which no slot reads.
     """
     one = tape.constant([1])
-    offsets = tape.op("Unsqueeze", tape.op("Range", *_scalars(tape, width)), tape.constant([0]))  # [1, m]
+    offsets = tape.op("Unsqueeze", tape.range(width), tape.constant([0]))  # [1, m]
     nothing = tape.op("Mul", offsets, tape.constant(0))
     start = tape.op("Unsqueeze", starts, one)
     row = tape.op("Unsqueeze", block_rows, one)
@@ -58,8 +53,3 @@ def block_inputs(
         horizon=positions if causal else tape.reshape(ends, (-1,)),
         window_end=tape.reshape(before, (-1,)),
     )
-
-
-def _scalars(tape: GraphTape, width: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """0, m, 1: what Range counts by."""
-    return tape.constant(0), tape.op("Squeeze", width, tape.constant([0])), tape.constant(1)

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from dspark_backend.stages.shared_weights import SHARED_EMBEDDING, SHARED_HEAD, SHARED_HEAD_SCALES
 from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.graph.blocks import Blocks, rope_tables
-from dspark_export.graph.draft_block import WIDTH, block_inputs, block_tokens, block_width
+from dspark_export.graph.draft_block import WIDTH, block_inputs, block_tokens
 from dspark_export.graph.head import SequentialHead
 from dspark_export.graph.layout import RaggedLayout, ragged_layout
 from dspark_export.graph.linear import FloatLinears, Int8Linears, Linears
@@ -122,19 +122,18 @@ class DrafterGraph:
         anchors = graph_input("anchors", _INT, (requests,))
         block_rows = graph_input("block_rows", _INT, (requests,))
         starts = graph_input("starts", _INT, (requests,))
-        query_index = graph_input("query_index", _INT, (slots, block))
+        query_index = graph_input("query_index", _INT, (slots, spec.block_size if static else "Q"))
 
         head = SequentialHead(spec, self._blocks(self._small_linears()), self._linears(anchors), requests, static)
-        width = tape.constant([spec.block_size]) if static else block_width(tape, head.uniforms)
-        slots_each = spec.block_size if static else width
+        slots_each = spec.block_size if static else head.width
 
         context = self._context()
-        layouts = self._layouts(width, block_rows, starts, query_index)
+        layouts = self._layouts(head.width, block_rows, starts, query_index)
         linears = self._linears(layouts[0].position_ids)
         blocks = self._blocks(linears)
         index = self._dialect.join(context.index, layouts[0].placement)
         embedding = self._dialect.shared(SHARED_EMBEDDING, (decoder.vocab_size, decoder.hidden_size))
-        residual = blocks.embed(embedding, block_tokens(tape, spec, anchors, width))  # [R*m, H]
+        residual = blocks.embed(embedding, block_tokens(tape, spec, anchors, head.width))  # [R*m, H]
         normed = blocks.norm(residual, "layers.0.input_layernorm.weight")
         written = []
         for layer, layout in enumerate(layouts):
@@ -156,7 +155,7 @@ class DrafterGraph:
 
         base = tape.reshape(blocks.cap(self._base_logits(normed, linears)), (-1, slots_each, spec.draft_vocab_size))
         hidden = tape.reshape(normed, (-1, slots_each, decoder.hidden_size))
-        drawn = head.build(anchors, hidden, base, width, with_logits=expose_intermediates)
+        drawn = head.build(anchors, hidden, base, with_logits=expose_intermediates)
         outputs = [
             graph_output(drawn.tokens, "tokens", _INT, (requests, block)),
             graph_output(drawn.candidates, "candidates", _INT, (requests, block, head.num_candidates)),
@@ -239,7 +238,7 @@ class DrafterGraph:
     def _project(
         self, blocks: Blocks, prefix: str, normed: ir.Value, layout: RaggedLayout
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Queries [S, Hkv, G*m, D], keys and values [R*m, Hkv, D] of the block rows."""
+        """Queries [S, Hkv, G*Q, D], keys and values [R*m, Hkv, D] of the block rows."""
         tape, attention = self._tape, self._spec.decoder.attention
         joined, value = blocks.query_key_value(prefix, attention, normed)
         width = (attention.num_heads + attention.num_kv_heads) * attention.head_dim

@@ -60,12 +60,16 @@ class SequentialHead:
         self._spec = spec
         self._blocks = blocks
         self._vocabulary = vocabulary
-        self._tape = blocks.tape
+        self._tape = tape = blocks.tape
         self._unrolled = unrolled
         self.num_candidates = min(MAX_CANDIDATES, spec.draft_vocab_size)
-        self.uniforms = graph_input(
+        self._uniforms = graph_input(
             "uniforms", ir.DataType.FLOAT, (requests, spec.block_size if unrolled else WIDTH)
         )  # fmt: skip
+        self.width: ir.Value = (
+            tape.constant([spec.block_size]) if unrolled else tape.op("Shape", self._uniforms, start=1, end=2)
+        )
+        """int64 [1]: m, the slots of a block."""
         self._temperature = graph_input("temperature", ir.DataType.FLOAT, (requests,))
         self._top_k = graph_input("top_k", ir.DataType.INT64, (requests,))
         self._top_p = graph_input("top_p", ir.DataType.FLOAT, (requests,))
@@ -76,12 +80,10 @@ class SequentialHead:
     @property
     def inputs(self) -> list[ir.Value]:
         """uniforms float32 [R, m] in [0, 1); temperature > 0, top_k >= 1, top_p and min_p [R]. Greedy means top_k 1."""
-        return [self.uniforms, self._temperature, self._top_k, self._top_p, self._min_p]
+        return [self._uniforms, self._temperature, self._top_k, self._top_p, self._min_p]
 
-    def build(
-        self, anchors: ir.Value, hidden: ir.Value, base: ir.Value, width: ir.Value, with_logits: bool = False
-    ) -> Drawn:
-        """Over ``hidden`` [R, m, H] and ``base`` logits [R, m, Vd], m = ``width`` (int64 [1]), from ``anchors`` [R]."""
+    def build(self, anchors: ir.Value, hidden: ir.Value, base: ir.Value, with_logits: bool = False) -> Drawn:
+        """Over ``hidden`` [R, m, H] and ``base`` logits [R, m, Vd], from ``anchors`` [R]."""
         spec, tape = self._spec, self._tape
         rank, vocab = spec.markov_rank, spec.decoder.vocab_size
         first = self._blocks.matrix("markov_head.markov_w1.weight", vocab, rank)
@@ -91,7 +93,7 @@ class SequentialHead:
         slots = _Slots(hidden, base, first, to_target, with_logits)
         state = self._initial_state(anchors)
         carried = [anchors] if state is None else [anchors, state]
-        stacked = self._one_by_one(slots, carried) if self._unrolled else self._looped(slots, carried, width)
+        stacked = self._one_by_one(slots, carried) if self._unrolled else self._looped(slots, carried)
         return Drawn(*stacked)
 
     def _one_by_one(self, slots: _Slots, carried: list[ir.Value]) -> list[ir.Value]:
@@ -104,8 +106,8 @@ class SequentialHead:
             for column in zip(*steps, strict=True)
         ]
 
-    def _looped(self, slots: _Slots, carried: list[ir.Value], width: ir.Value) -> list[ir.Value]:
-        gathered = self._tape.loop(width, carried, lambda place, before: self._slot(slots, place, before))
+    def _looped(self, slots: _Slots, carried: list[ir.Value]) -> list[ir.Value]:
+        gathered = self._tape.loop(self.width, carried, lambda place, before: self._slot(slots, place, before))
         by_slot = gathered[len(carried) :]
         return [
             self._tape.op("Transpose", value, perm=[1, 0, *range(2, rank)])
@@ -201,7 +203,7 @@ class SequentialHead:
         weights = tape.op("Mul", weights, tape.op("Cast", inside, to=ir.DataType.FLOAT))
         probabilities = tape.op("Div", weights, tape.op("ReduceSum", weights, column, keepdims=1))
 
-        uniform = tape.op("Unsqueeze", tape.op("Gather", self.uniforms, place, axis=1), column)
+        uniform = tape.op("Unsqueeze", tape.op("Gather", self._uniforms, place, axis=1), column)
         cumulated = tape.op("CumSum", probabilities, tape.constant(1))
         passed = tape.op("Cast", tape.op("LessOrEqual", cumulated, uniform), to=ir.DataType.FLOAT)
         # The sum may round to just below 1: a uniform above it must not reach a token of probability 0.

@@ -66,8 +66,7 @@ def ragged_layout(dialect: Dialect, inputs: RaggedInputs, attention: Attention, 
     first = tape.op("Unsqueeze", tape.op("Mul", inputs.query_index, tape.constant(width)), tape.constant([1, 2]))
     query_rows = tape.reshape(tape.op("Add", first, head_of), (0, kv_heads, -1))
 
-    token_count = tape.op("Squeeze", tape.op("Shape", inputs.positions))
-    token = tape.op("Range", tape.constant(0), token_count, tape.constant(1))
+    token = tape.range(tape.op("Shape", inputs.positions))
     key_base = tape.op("Unsqueeze", tape.op("Mul", token, tape.constant(width)), tape.constant([1]))
     key_rows = tape.op("Add", key_base, tape.constant(np.arange(heads, width).reshape(1, kv_heads)))
 

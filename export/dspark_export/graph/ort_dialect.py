@@ -58,10 +58,7 @@ class OrtDialect:
         return activated
 
     def key_positions(self, cache: ir.Value) -> ir.Value:
-        tape = self.tape
-        capacity = tape.op("Squeeze", tape.op("Shape", cache, start=2, end=3))
-        positions: ir.Value = tape.op("Range", tape.constant(0), capacity, tape.constant(1))
-        return positions
+        return self.tape.range(self.tape.op("Shape", cache, start=2, end=3))
 
     def mask(self, visible: ir.Value, group: int) -> ir.Value:
         """float32 [R, 1, G*Q, C]: 0 where a query may look, hugely negative where it may not."""

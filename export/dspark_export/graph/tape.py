@@ -138,6 +138,11 @@ class GraphTape:
         reshaped: ir.Value = self.op("Reshape", value, wanted)
         return reshaped
 
+    def range(self, count: ir.Value) -> ir.Value:
+        """0 .. ``count`` - 1 as int64 [count]; ``count`` is int64 [1]."""
+        numbers: ir.Value = self.op("Range", self.constant(0), self.op("Squeeze", count), self.constant(1))
+        return numbers
+
     def loop(self, count: ir.Value, carried: Sequence[ir.Value], body: LoopBody) -> list[ir.Value]:
         """Run ``body`` ``count`` times (int64 [1]). Returns what the last one left, then what they gathered, stacked.
 

@@ -31,7 +31,7 @@ from dspark_export.graph.deepseek_v4.layer import decoder_layer
 from dspark_export.graph.deepseek_v4.parts import Parts
 from dspark_export.graph.deepseek_v4.place import Place, place, rope_tables
 from dspark_export.graph.deepseek_v4.rotation import rotation
-from dspark_export.graph.draft_block import WIDTH, block_inputs, block_tokens, block_width
+from dspark_export.graph.draft_block import WIDTH, block_inputs, block_tokens
 from dspark_export.graph.head import SequentialHead
 from dspark_export.graph.linear import FloatLinears
 from dspark_export.graph.ort_dialect import OrtDialect
@@ -99,11 +99,11 @@ class DeepSeekDrafterGraph:
         anchors = graph_input("anchors", _INT, ("R",))
         block_rows = graph_input("block_rows", _INT, ("R",))
         starts = graph_input("starts", _INT, ("R",))
-        query_index = graph_input("query_index", _INT, ("S", block))
+        query_index = graph_input("query_index", _INT, ("S", "Q"))
 
         linears = FloatLinears(tape, parts.weights)
         head = SequentialHead(spec, Blocks(dialect, self._decoder, parts.weights, linears), linears)
-        width = block_width(tape, head.uniforms)
+        width = head.width
 
         context = self._context()
         where = self._place(width, block_rows, starts, query_index)
@@ -120,9 +120,8 @@ class DeepSeekDrafterGraph:
         logits = tape.op("Gemm", normed, dialect.shared(SHARED_HEAD, (vocab, hidden)), transB=1)
         base = tape.reshape(logits, (-1, width, vocab))
         # A vanilla head reads no hidden state, so that this one is the confidence head's.
-        drawn = head.build(
-            anchors, tape.reshape(joined, (-1, width, hidden)), base, width, with_logits=expose_intermediates
-        )
+        stream = tape.reshape(joined, (-1, width, hidden))
+        drawn = head.build(anchors, stream, base, with_logits=expose_intermediates)
         outputs = [
             graph_output(drawn.tokens, "tokens", _INT, ("R", block)),
             graph_output(drawn.candidates, "candidates", _INT, ("R", block, head.num_candidates)),

@@ -80,7 +80,7 @@ def place(
     for rate in sorted(rates):
         length = tape.op("Div", tape.op("Add", capacity, tape.constant([rate - 1])), tape.constant([rate]))
         missing = tape.op("Sub", tape.op("Mul", length, tape.constant([rate])), capacity)
-        index = tape.op("Range", tape.constant(0), tape.op("Squeeze", length), tape.constant(1))  # [T]
+        index = tape.range(length)  # [T]
         complete = tape.op("Div", tape.op("Add", horizon, tape.constant(1)), tape.constant(rate))
         # Capacity may go beyond the context; what stands there is never seen.
         first = tape.op("Min", tape.op("Mul", index, tape.constant(rate)), tape.constant(max_context - 1))
