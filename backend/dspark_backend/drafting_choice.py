@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -30,6 +31,8 @@ _DECIDE_EVERY = 4
 _LOOK_EVERY = 12
 """Rounds after which a slot more is drafted than may be verified: without ever looking there, nothing would tell when
 going deeper pays."""
+_CLOSE = 1.35
+"""Where drafting is expected to bring less, a round without it now and then is worth what it tells of its price."""
 _DEPTHS = (1, 2, 3, 5)
 """Depths that are tried beside whole blocks."""
 
@@ -45,6 +48,8 @@ class Chosen:
     or the drafter for every slot, a few deep drafts are not worth it."""
     width: int = 0
     """Slots to draft for requests with an adaptive policy: ``depth`` or more, where anybody drafts."""
+    gain: float = field(default=math.inf, compare=False)
+    """Tokens a second that are expected, over those of a round without drafts; infinite before anything is known."""
 
 
 class DraftingChoice:
@@ -71,6 +76,8 @@ class DraftingChoice:
             return Chosen(able, self._block_size, self._block_size)
         static = [int(limits[row]) for row in able if not running[row].prepared.policy.adaptive]
         gainful = self._gainful(running, adaptive, limits, capacity, prior, max(static, default=0))
+        if gainful.rows and not static and gainful.gain < _CLOSE and self._cost.wants_plain(len(running)):
+            return Chosen([], 0)
         rows, depth, width = set(gainful.rows), gainful.depth, gainful.width
         probing = self._probing(running, [row for row in adaptive if row not in rows], bool(rows), capacity, prior)
         if probing:
@@ -126,7 +133,7 @@ class DraftingChoice:
         look = self._rounds % _LOOK_EVERY == 0
         # Rows of the batch are others when a sequence of another policy has come or gone: places among these are not.
         rows = [adaptive[place] for place in chosen.rows]
-        return Chosen(rows, chosen.depth, self._deeper(chosen.depth) if look else chosen.depth)
+        return Chosen(rows, chosen.depth, self._deeper(chosen.depth) if look else chosen.depth, chosen.gain)
 
 
 def most_gainful(
@@ -146,7 +153,8 @@ def most_gainful(
     size, block = survival.shape
     # What was learned in earlier rounds cannot leak a token of this one: a free search is allowed here.
     within = np.where(np.arange(block) < limits[:, None], survival, 0.0)
-    best, chosen = _MARGIN * count / float(cost.step_seconds(count, 0, capacity, floor)[0]), Chosen([], 0)
+    plain = count / float(cost.step_seconds(count, 0, capacity, floor)[0])
+    best, chosen = _MARGIN * plain, Chosen([], 0)
     tried_depths = {*(depth for depth in _DEPTHS if depth < block), block}
     depths = sorted(tried_depths) if cost.depth_costs(count, capacity) else [block]
     sizes = range(1, size + 1) if size <= 4 else sorted({-(-size * part // 4) for part in range(1, 5)})
@@ -162,7 +170,7 @@ def most_gainful(
             seconds += cost.draft_seconds(tried, capacity, depth)
             throughput = float(((count + np.cumsum(ranked)) / seconds).max())
             if throughput > best:
-                best, chosen = throughput, Chosen(sorted(rows.tolist()), depth, depth)
+                best, chosen = throughput, Chosen(sorted(rows.tolist()), depth, depth, throughput / plain)
     return chosen
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from dspark_backend.cost import CostModel, FloatArray
 from dspark_backend.cost_cache import CostCache
 from dspark_backend.cost_tracker import CostTracker
+from dspark_backend.surcharge import Surcharge
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,8 @@ class RoundCost:
     """
 
     _MOST_KEPT = 256
+    _PLAIN_EVERY = 48
+    """Steps after which one without drafts would tell what drafts cost."""
 
     def __init__(self, model: CostModel, block_size: int, cache: CostCache | None = None) -> None:
         """``cache``: where the model is kept; told to forget it when it proves wrong."""
@@ -29,6 +32,8 @@ class RoundCost:
         self._cache = cache
         self._verify = CostTracker()
         self._draft = CostTracker()
+        self._surcharges: dict[int, Surcharge] = {}
+        """By powers of two of the requests."""
         self._curves: dict[tuple[int, int, int], FloatArray] = {}
         self._draft_times: dict[tuple[int, int, int], float] = {}
 
@@ -38,8 +43,9 @@ class RoundCost:
         return self._verify.mean_relative_error
 
     def verify_seconds(self, num_requests: int, drafts: int, capacity: int, depth: int) -> float:
-        """Of a step of so many requests and so many drafts in all, ``depth`` at most of one, as the model has it."""
-        return float(self._curve(num_requests, capacity, depth)[drafts])
+        """Of a step of so many requests and so many drafts in all, ``depth`` at most of one, at the model's pace."""
+        plain, curve = self._plain(num_requests, capacity), self._curve(num_requests, capacity, depth)
+        return plain + self._surcharge(num_requests).scale * (float(curve[drafts]) - plain)
 
     def depth_costs(self, num_requests: int, capacity: int) -> bool:
         """Whether it takes time that drafts may be verified deep, even where few are: more than a thousandth of a step.
@@ -47,7 +53,7 @@ class RoundCost:
         A step may have places for as many tokens of every request as the widest has; a drafter takes its time for every
         slot of a block.
         """
-        step = float(self._curve(num_requests, capacity, 0)[0])
+        step = self._plain(num_requests, capacity)
         block, slot = (self._draft_seconds(num_requests, capacity, width) for width in (self._block_size, 1))
         return max(self._model.place_seconds(num_requests, capacity), block - slot) > 1e-3 * step
 
@@ -60,11 +66,24 @@ class RoundCost:
 
         Whatever k is, the step has room for ``depth`` drafts of each request.
         """
-        return self._curve(num_requests, capacity, depth)[: most + 1] * self._verify.scale
+        plain, curve = self._plain(num_requests, capacity), self._curve(num_requests, capacity, depth)[: most + 1]
+        return (plain + self._surcharge(num_requests).scale * (curve - plain)) * self._verify.scale
 
-    def observe_verify(self, predicted_seconds: float, seconds: float) -> None:
+    def wants_plain(self, num_requests: int) -> bool:
+        """Whether it is long ago that a step of so many requests ran without drafts."""
+        return self._surcharge(num_requests).since_plain >= self._PLAIN_EVERY
+
+    def observe_verify(
+        self, predicted_seconds: float, num_requests: int, drafts: int, capacity: int, depth: int, seconds: float
+    ) -> None:
         """A step that ``verify_seconds`` predicted took so long."""
         self._verify.update(predicted_seconds, seconds)
+        if seconds > 0.0:
+            plain, surcharge = self._plain(num_requests, capacity), self._surcharge(num_requests)
+            if drafts:
+                surcharge.drafted(plain, float(self._curve(num_requests, capacity, depth)[drafts]), seconds)
+            else:
+                surcharge.plain(plain, seconds)
         if self._cache is not None and self._verify.is_stale():
             logger.warning(
                 "verification steps take %.1f times what was measured at an earlier load; the next load measures again",
@@ -76,6 +95,12 @@ class RoundCost:
     def observe_draft(self, num_requests: int, capacity: int, width: int, seconds: float) -> None:
         """A drafting round of so many requests and slots took so long."""
         self._draft.update(self._draft_seconds(num_requests, capacity, width), seconds)
+
+    def _surcharge(self, num_requests: int) -> Surcharge:
+        return self._surcharges.setdefault(num_requests.bit_length(), Surcharge())
+
+    def _plain(self, num_requests: int, capacity: int) -> float:
+        return float(self._curve(num_requests, capacity, 0)[0])
 
     def _curve(self, num_requests: int, capacity: int, depth: int) -> FloatArray:
         """float64 [block_size * num_requests + 1], by drafts."""

@@ -30,3 +30,10 @@ class Round:
     """One a sequence."""
     predicted_seconds: float
     """Of the verification step; 0 where no cost curve is known."""
+    capacity: int = 0
+    """Rows of a slot, as the prediction had it."""
+
+    @property
+    def depths(self) -> list[int]:
+        """Drafts to verify, one a sequence."""
+        return [len(block.drafts.tokens) for block in self.blocks]

@@ -98,7 +98,7 @@ class Speculator:
             self._remember(drafting, survival)
         depths_of_all = [len(block.drafts.tokens) for block in blocks]
         predicted = self._cost.verify_seconds(count, sum(depths_of_all), capacity, max(depths_of_all, default=0))
-        return Round(blocks, predicted)
+        return Round(blocks, predicted, capacity)
 
     def learn(self, sequence: SequenceState, block: Block, accepted: int) -> None:
         """What became of a block that was drafted."""
@@ -125,11 +125,15 @@ class Speculator:
     def track(self, planned: Round, seconds: float) -> None:
         """What a verification step really took, and what the scheduler asked of it."""
         drafted = sum(block.drafted for block in planned.blocks)
-        verified = sum(len(block.drafts.tokens) for block in planned.blocks)
+        depths = planned.depths
+        verified = sum(depths)
         self._metrics.spec_decode_verify_budget.value = verified
         self._metrics.spec_decode_trim_ratio.value = 1.0 - verified / drafted if drafted else 0.0
         self._metrics.predicted_step_seconds_total.add(planned.predicted_seconds)
-        self._cost.observe_verify(planned.predicted_seconds, seconds)
+        if planned.predicted_seconds:
+            self._cost.observe_verify(
+                planned.predicted_seconds, len(depths), verified, planned.capacity, max(depths), seconds
+            )
         self._metrics.cost_model_error.value = self._cost.mean_relative_error
 
     def _count_idle(self, running: Sequence[SequenceState], limits: IntArray, chosen: set[int]) -> None:

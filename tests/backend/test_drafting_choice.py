@@ -199,3 +199,22 @@ def test_depth_that_others_need_anyway_is_not_paid_twice():
     alone = most_gainful(rows[:1], limits(1), 8, 128, times)
     beside = most_gainful(rows[:1], limits(1), 8, 128, times, floor=BLOCK)
     assert alone.rows == [] and beside == Chosen([0], BLOCK, BLOCK)
+
+
+def test_where_drafting_hardly_pays_a_round_without_it_shows_what_it_costs():
+    def rounds(price: float) -> list[int]:
+        """How many of two drafted, round by round; each step takes what was predicted."""
+        model = cost(price, 0.01)
+        choice, running = DraftingChoice(model, BLOCK), [Running(number, "causal", GOOD) for number in (1, 2)]
+        found = []
+        for _ in range(120):
+            chosen = choose(choice, running)
+            drafts, depth = len(chosen.rows) * chosen.depth, chosen.depth
+            predicted = model.verify_seconds(2, drafts, 128, depth)
+            model.observe_verify(predicted, 2, drafts, 128, depth, predicted)
+            found.append(len(chosen.rows))
+        return found
+
+    dear, cheap = rounds(0.3), rounds(0.1)
+    assert dear.count(0) == 2 and dear.count(2) == 118
+    assert cheap.count(2) == 120

@@ -67,7 +67,7 @@ def test_each_stage_is_scaled_by_its_own_steps():
     cost = RoundCost(MODEL, BLOCK)
     verify, draft = cost.verify_seconds(1, 0, 128, 0), MODEL.draft_seconds(1, 128, 2)
     for _ in range(300):
-        cost.observe_verify(verify, 2 * verify)
+        cost.observe_verify(verify, 1, 0, 128, 0, 2 * verify)
         cost.observe_draft(1, 128, 2, 5 * draft)
     assert cost.step_seconds(1, 0, 128, 0)[0] == pytest.approx(2 * verify)
     assert cost.draft_seconds(1, 128, 2) == pytest.approx(5 * draft)
@@ -89,6 +89,58 @@ def test_a_model_that_proves_wrong_is_forgotten(tmp_path, caplog):
     cache.store(MODEL)
     cost = RoundCost(MODEL, BLOCK, cache)
     for _ in range(400):
-        cost.observe_verify(0.01, 0.03)
+        cost.observe_verify(0.01, 1, 0, 128, 0, 0.03)
     assert cache.load() is None
     assert caplog.text.count("next load measures again") == 1
+
+
+def step(cost: RoundCost, drafts: int, seconds: float, capacity: int = 128) -> None:
+    """Of 8 requests, of which one has two drafts where any has."""
+    depth = 2 if drafts else 0
+    cost.observe_verify(cost.verify_seconds(8, drafts, capacity, depth), 8, drafts, capacity, depth, seconds)
+
+
+@pytest.mark.parametrize("pace", [0.7, 1.0, 2.5])
+@pytest.mark.parametrize("factor", [0.6, 1.0, 1.5])
+def test_what_drafts_add_is_learned_beside_the_machines_pace(factor, pace):
+    cost = RoundCost(MODEL, BLOCK)
+    plain, wide = MODEL.verify_seconds(8, np.array([8, 24]), 128)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        for _ in range(4):
+            step(cost, 0, pace * plain * rng.uniform(0.95, 1.05))
+        step(cost, 16, pace * (plain + factor * (wide - plain)) * rng.uniform(0.95, 1.05))
+    learned = cost.step_seconds(8, 16, 128, 2)
+    assert learned[0] == pytest.approx(pace * plain, rel=0.1)
+    assert learned[16] == pytest.approx(pace * (plain + factor * (wide - plain)), rel=0.1)
+    # A batch of another size has its own.
+    one = MODEL.verify_seconds(1, np.array([1, 3]), 128)
+    np.testing.assert_allclose(
+        cost.step_seconds(1, 2, 128, 2)[[0, 2]] / cost.step_seconds(1, 0, 128, 2)[0], one / one[0]
+    )
+
+
+def test_a_pause_of_the_machine_teaches_nothing_about_drafts():
+    cost = RoundCost(MODEL, BLOCK)
+    plain, wide = MODEL.verify_seconds(8, np.array([8, 24]), 128)
+    for index in range(40):
+        step(cost, 0, plain * (10 if index % 7 == 3 else 1))
+        step(cost, 16, wide * (10 if index % 5 == 4 else 1))
+    learned = cost.step_seconds(8, 16, 128, 2)
+    assert learned[16] / learned[0] == pytest.approx(wide / plain, rel=0.02)
+
+
+def test_a_step_without_drafts_is_wanted_when_it_is_long_ago():
+    cost = RoundCost(MODEL, BLOCK)
+    plain, wide = MODEL.verify_seconds(8, np.array([8, 24]), 128)
+    for _ in range(RoundCost._PLAIN_EVERY):
+        assert not cost.wants_plain(8)
+        step(cost, 16, 2 * wide)
+    assert cost.wants_plain(8) and not cost.wants_plain(1)
+    # Nothing told what of it was drafts: all steps are thought to be slow.
+    assert cost.step_seconds(8, 0, 128, 0)[0] == pytest.approx(2 * plain)
+    step(cost, 0, plain)
+    assert not cost.wants_plain(8)
+    step(cost, 16, 1.5 * wide)
+    learned = cost.step_seconds(8, 16, 128, 2)
+    assert learned[16] / learned[0] > wide / plain
