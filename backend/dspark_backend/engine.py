@@ -13,6 +13,7 @@ from dspark_backend.errors import DSparkError, InternalError, NotFinite
 from dspark_backend.kv_cache import KvCache
 from dspark_backend.metrics import EngineMetrics
 from dspark_backend.prompt_chunks import chunk_budget, neighbours
+from dspark_backend.ranked import ranking_temperature
 from dspark_backend.roster import SEE_LOG, Roster
 from dspark_backend.round_plan import Block, Round
 from dspark_backend.sequence import RequestState, SequenceState
@@ -51,7 +52,15 @@ class _Ran:
             batch.num_tokens,
             seconds,
             [output.features[start:end] for start, end in first],
-            [TargetRows(output.logits[start:end], argmax[start:end], top_logit[start:end]) for start, end in wanted],
+            [
+                TargetRows(
+                    output.logits[start:end],
+                    argmax[start:end],
+                    top_logit[start:end],
+                    None if output.ranked is None else output.ranked[start:end],
+                )
+                for start, end in wanted
+            ],
         )
 
 
@@ -235,7 +244,8 @@ class Engine:
         for sequence, piece in zip(chosen, pieces, strict=True):
             slot = sequence.held_slot
             silent = min(len(piece), max(0, len(sequence.prepared.prompt_ids) - 1 - slot.length))
-            segments.append(Segment(slot.index, slot.length, piece, silent))
+            temperature = ranking_temperature(sequence.prepared.request)
+            segments.append(Segment(slot.index, slot.length, piece, silent, temperature))
         batch = StepBatch.pack(segments)
         begin = time.perf_counter()
         try:

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from dspark_backend.acceptance import Proposal, accepts, residual
+from dspark_backend.penalties import SamplingContext
+from dspark_backend.preparation import PreparedRequest
+from dspark_backend.ranked import Head, head_of, ranking_temperature
 from dspark_backend.rng import Purpose
 from dspark_backend.sampling import (
+    Probabilities,
     check_peak,
     draw,
     greedy_token,
@@ -20,6 +25,7 @@ from dspark_backend.sampling import (
     target_distribution,
 )
 from dspark_backend.sequence import SequenceState
+from dspark_backend.stages.batch import RankedRows
 from dspark_backend.stages.rows import Rows
 
 
@@ -48,6 +54,8 @@ class TargetRows:
     """[n + 1]: the first index of the largest logit."""
     top_logit: Sequence[float]
     """[n + 1]: that logit; NaN where any of the row is."""
+    ranked: RankedRows | None = None
+    """The most probable tokens of all rows, where a stage gave them: most draws then read no row."""
 
 
 def take_tokens(sequence: SequenceState, drafts: VerifiedDrafts, target: TargetRows) -> int:
@@ -83,15 +91,56 @@ def _choose(
     if not needs_logits(params, mask, context.output_length):
         token = target.argmax[place]
         return token, token == draft
-    logits, peak = target.logits[place], target.top_logit[place]
     if params.greedy:
-        token = greedy_token(logits, params, context, mask, peak)
+        token = greedy_token(target.logits[place], params, context, mask, target.top_logit[place])
         return token, token == draft
-    wanted = target_distribution(logits, params, context, mask, peak)
+    wanted = _Distribution(target, place, sequence.prepared, context)
     if draft is None:
-        return draw(wanted, sequence.rng.uniform(Purpose.TARGET)), False
+        return wanted.draw(sequence.rng.uniform(Purpose.TARGET)), False
     if proposal is None:
         raise ValueError("a sampled request needs the proposal of each draft")
-    if accepts(wanted, proposal, draft, sequence.rng.uniform(Purpose.ACCEPT)):
+    if wanted.accepts(proposal, draft, sequence.rng.uniform(Purpose.ACCEPT)):
         return draft, True
-    return draw(residual(wanted, proposal), sequence.rng.uniform(Purpose.RESIDUAL)), False
+    return wanted.draw(sequence.rng.uniform(Purpose.RESIDUAL), proposal), False
+
+
+@dataclass(frozen=True)
+class _Distribution:
+    """What a sampled request draws from at one place: by the head of the ranking where that decides, else by the row.
+
+    Both give the same answer to the same number, so that it does not matter who is asked.
+    """
+
+    target: TargetRows
+    place: int
+    prepared: PreparedRequest
+    context: SamplingContext
+
+    @cached_property
+    def row(self) -> Probabilities:
+        """float64 [V]; on a device this fetches the row."""
+        logits, peak = self.target.logits[self.place], self.target.top_logit[self.place]
+        return target_distribution(logits, self.prepared.request.sampling, self.context, self.prepared.mask, peak)
+
+    @cached_property
+    def head(self) -> Head | None:
+        ranked, request = self.target.ranked, self.prepared.request
+        if ranked is None or not ranking_temperature(request):
+            return None
+        if self.prepared.mask.banned(self.context.output_ids).size:
+            return None
+        return head_of(ranked, self.place, request.sampling)
+
+    def accepts(self, proposal: Proposal, token: int, uniform: float) -> bool:
+        stands = self.head.accepts(proposal, token, uniform) if self.head is not None else None
+        return accepts(self.row, proposal, token, uniform) if stands is None else stands
+
+    def draw(self, uniform: float, proposal: Proposal | None = None) -> int:
+        """From p, or from max(p - q, 0)."""
+        head = self.head
+        if head is not None:
+            token = head.draw(uniform, proposal)
+            if token is not None:
+                return token
+        weights = self.row if proposal is None else residual(self.row, proposal)
+        return draw(weights, uniform) if head is None else head.place(weights, uniform)

@@ -7,14 +7,18 @@ the defects that engines really had, and must fail the same test.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pytest
 from markov_speculation import Chains, Decoder, Retrospective, Row, exact_pairs, proposal, remember_distributions
+from ranking import ranked_rows
 from scipy.stats import chisquare
 
 from dspark_backend import verification
+from dspark_backend.ranked import Head
 from dspark_backend.request import SamplingParams
 from dspark_backend.rng import Purpose, RngStreams
 from dspark_backend.sampling import draw
@@ -218,3 +222,67 @@ class Noisy:
 def test_depths_at_random_are_lossless():
     decoder = decoder_of(Noisy(np.random.default_rng(0)), ["plain", "top_k"], seed=3)
     assert min(p_values(decoder, decoder.counts(CONTROL_DRAWS))) > REJECT
+
+
+class CountedRows:
+    """Logits of which only so many rows are read."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self.logits = logits
+        self.reads = 0
+
+    def __getitem__(self, place: int) -> np.ndarray:
+        self.reads += 1
+        return self.logits[place]
+
+
+class RankedDecoder(Decoder):
+    """The rows are on a device, which ranks half of their tokens."""
+
+    @cached_property
+    def reads(self) -> Counter[SamplingParams]:
+        """Rows that were read, by request."""
+        return Counter()
+
+    @cached_property
+    def _known(self) -> dict[tuple[float, bytes], TargetRows]:
+        return {}
+
+    def take(self, row: Row, drafts: VerifiedDrafts, target: TargetRows) -> None:
+        known = self._known
+        key = row.params.temperature, target.logits.tobytes()
+        if key not in known:
+            ranked = ranked_rows(target.logits, row.params.temperature, self.chains.size // 2)
+            known[key] = replace(target, ranked=ranked)
+        rows = CountedRows(target.logits)
+        take_tokens(row.sequence, drafts, replace(known[key], logits=rows))
+        self.reads[row.params] += rows.reads
+
+
+RANKED = ["plain", "top_p", "top_k"]
+RANKED_DRAWS = 5_000
+
+
+def ranked_decoder() -> RankedDecoder:
+    chains = chains_of(5, size=8)
+    rows = [
+        (replace(SETTINGS[name], seed=5 + row), (row + 1) % chains.size, Fixed(1)) for row, name in enumerate(RANKED)
+    ]
+    return RankedDecoder.build(chains, rows, seconds_of(len(rows)))
+
+
+def test_draws_from_ranked_heads_are_distributed_as_the_target():
+    decoder = ranked_decoder()
+    values = p_values(decoder, decoder.counts(RANKED_DRAWS))
+    assert min(values) > REJECT, dict(zip(RANKED, values, strict=True))
+    plain, _, top_k = (decoder.reads[row.params] for row in decoder.rows)
+    assert top_k == 0 < plain < RANKED_DRAWS, "a pair takes two rows at least"
+
+
+def test_control_another_draw_where_the_head_does_not_decide_is_found(monkeypatch):
+    """The same number once more, through the row in the order of ids: most of the head's tokens come too often."""
+    monkeypatch.setattr(Head, "place", lambda self, weights, uniform: draw(weights, uniform))
+    decoder = ranked_decoder()
+    values = dict(zip(RANKED, p_values(decoder, decoder.counts(RANKED_DRAWS)), strict=True))
+    assert values["plain"] < FOUND
+    assert values["top_k"] > REJECT, "heads that are all there is are asked nothing else"

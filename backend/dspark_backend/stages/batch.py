@@ -26,6 +26,8 @@ class Segment:
     token_ids: Sequence[int]
     logits_from: int
     """Index within ``token_ids`` of the first token whose logits are wanted; its length wants none."""
+    temperature: float = 0.0
+    """Above 0 where tokens are drawn from the logits as they are, at this temperature: a stage may rank them then."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,8 @@ class StepBatch:
     slots: IntArray
     """[R]: one slot a segment, all different."""
     layout: BatchLayout
+    temperatures: FloatArray | None = None
+    """[N], of the rows that want logits, float32; 0 where nobody draws; None where that is all of them."""
 
     @property
     def num_tokens(self) -> int:
@@ -103,12 +107,34 @@ class StepBatch:
         )
         token_ids = itertools.chain.from_iterable(segment.token_ids for segment in segments)
         starts = np.array([segment.start for segment in segments], dtype=np.int64)
+        temperatures = None
+        if any(one.temperature and one.logits_from < len(one.token_ids) for one in segments):
+            each = np.array([segment.temperature for segment in segments], dtype=np.float32)
+            temperatures = each.repeat(np.diff(layout.logit_offsets))
         return cls(
             token_ids=np.fromiter(token_ids, dtype=np.int64, count=len(layout.columns)),
             positions=starts[layout.segment_of] + layout.columns,
             slots=np.array([segment.slot for segment in segments], dtype=np.int64),
             layout=layout,
+            temperatures=temperatures,
         )
+
+
+@dataclass(frozen=True)
+class RankedRows:
+    """The most probable K tokens of some rows of logits, in host memory, where the logits are not."""
+
+    ids: IntArray
+    """[N, K]"""
+    logits: FloatArray
+    """[N, K]: theirs, descending; of equal ones any may come first, and any be the last that is here."""
+    exp_sum: FloatArray
+    """[N]: sum(exp((logits - largest) / temperature)) over the whole row; of no meaning at temperature 0."""
+    vocab_size: int
+    """V: numbers in a whole row."""
+
+    def __getitem__(self, rows: slice) -> RankedRows:
+        return RankedRows(self.ids[rows], self.logits[rows], self.exp_sum[rows], self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -123,6 +149,8 @@ class StepOutput:
     """[N]: that logit; NaN where any logit of the row is."""
     features: Rows
     """[B, taps * H]: residual stream after each tapped layer, concatenated in tap order."""
+    ranked: RankedRows | None = None
+    """Of all N rows, where the batch has temperatures and the stage ranks."""
 
 
 @dataclass(frozen=True)
