@@ -19,6 +19,7 @@ from dspark_export.decoder import Decoder
 from dspark_export.drafter_spec import DrafterSpec
 from dspark_export.errors import ExportError
 from dspark_export.graph.drafter import DrafterGraph
+from dspark_export.graph.sampler import sampler_graph
 from dspark_export.graph.standard_form import StandardForm
 from dspark_export.graph.standard_linear import Products
 from dspark_export.graph.tape import save_graph
@@ -33,6 +34,7 @@ TENSORRT_DTYPES = ("float16", "bfloat16", "fp8", "int4")
 VERIFIER_GRAPH = "verifier.onnx"
 DRAFT_GRAPH = "draft.onnx"
 CONTEXT_GRAPH = "context.onnx"
+SAMPLER_GRAPH = "sampler.onnx"
 SHARED_FILE = "shared.bin"
 _LONGEST_BLOCK = 16
 """Drafts a round that a verifier's caches have room for; its drafter is not known yet."""
@@ -58,7 +60,7 @@ def write_verifier_graph(
     progress: Callable[[float], None],
     rounded: Int4Weights | None = None,
 ) -> tuple[TensorLocation, TensorLocation, EngineInfo]:
-    """Write graph and shared matrices; ``rounded``: for int4, products that a calibration pass rounded. Returns where
+    """Write graphs and shared matrices; ``rounded``: for int4, products that a calibration pass rounded. Returns where
     embedding and head are, and what an engine has to know."""
     work = Workload(max_context, block_size=_LONGEST_BLOCK)
     scales = norm_scales(decoder, weights, "model.layers.") if dtype == "fp8" else {}
@@ -66,6 +68,7 @@ def write_verifier_graph(
     compute = COMPUTE_DTYPES[dtype]
     model = VerifierGraph(decoder, weights, taps, max_context, compute, standard=form).build()
     save_graph(_only_standard(model), directory, VERIFIER_GRAPH, progress)
+    save_graph(_only_standard(sampler_graph(decoder.vocab_size)), directory, SAMPLER_GRAPH)
     names = [EMBEDDING] if decoder.tied_embedding else [EMBEDDING, HEAD]
     places = _write_shared(weights, [f"{name}.weight" for name in names], compute, directory / SHARED_FILE)
     return places[0], places[-1], EngineInfo(work.capacity, work.padding)

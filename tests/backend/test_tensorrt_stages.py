@@ -21,14 +21,21 @@ from dspark_backend import runner
 from dspark_backend.calibration import Calibration
 from dspark_backend.config import EngineConfig
 from dspark_backend.engine import Engine
-from dspark_backend.errors import ConfigError, InternalError
+from dspark_backend.errors import ArtifactError, ConfigError, InternalError
 from dspark_backend.profile_grid import ProfilePlan
 from dspark_backend.profiling import measure
 from dspark_backend.scoring import score
 from dspark_backend.speculation import Drafting
 from dspark_backend.stages.batch import RowMove, Segment, StepBatch
+from dspark_backend.stages.cuda.rows import DeviceRows
 from dspark_backend.stages.draft_batch import ContextRows
-from dspark_backend.stages.engine_contract import COMPUTE_DTYPES, DRAFT_ENGINE, VERIFIER_ENGINE
+from dspark_backend.stages.engine_contract import (
+    COMPUTE_DTYPES,
+    DRAFT_ENGINE,
+    MAX_RANKED,
+    SAMPLER_ENGINE,
+    VERIFIER_ENGINE,
+)
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
 from dspark_backend.stages.rows import joined
 from dspark_backend.stages.settings import StageSettings
@@ -138,6 +145,107 @@ def test_only_small_outputs_come_back(verifier, opener):
     verifier.allocate(4, 128, ())
     verifier.step(StepBatch.pack([Segment(0, 0, list(range(8)), 0)]))
     assert opener.device.downloaded_bytes == 8 * (8 + 4)
+
+
+def test_engines_of_before_there_was_a_sampler_are_refused(exported, opener, monkeypatch):
+    check = opener.check
+
+    def older(info, directory):
+        info = check(info, directory)
+        return dataclasses.replace(info, profiles=tuple(p for p in info.profiles if p.engine != SAMPLER_ENGINE))
+
+    monkeypatch.setattr(opener, "check", older)
+    with pytest.raises(ArtifactError, match=r"sampler\.engine: expected .* found none; export the stage and build it"):
+        TensorRtVerifier(exported[0], StageSettings(), opener)
+
+
+class TestSampling:
+    """Rows that tokens are drawn from are ranked on the device; whole ones come back where the ranks do not decide."""
+
+    def test_ranks_come_back_with_the_small_outputs(self, verifier, opener):
+        verifier.allocate(4, 128, ())
+        segments = [Segment(0, 0, [5, 6, 7], 1, 0.5), Segment(1, 0, [8, 9], 1), Segment(2, 0, [1, 2], 1, 2.0)]
+        output = verifier.step(StepBatch.pack(segments))
+        size, count = verifier.artifact.vocab_size, output.ranked.ids.shape[1]
+        assert count == min(MAX_RANKED, size) == output.ranked.vocab_size
+        # Four rows, that many as they are.
+        assert opener.device.downloaded_bytes == 4 * (8 + 4) + 4 * (count * (8 + 4) + 4)
+        rows = np.asarray(output.logits).astype(np.float64)
+        np.testing.assert_array_equal(output.ranked.logits, np.take_along_axis(rows, output.ranked.ids, axis=1))
+        np.testing.assert_array_equal(output.ranked.logits, -np.sort(-rows, axis=1)[:, :count])
+        sums = np.exp((rows - rows.max(axis=1, keepdims=True)) / np.array([[0.5], [0.5], [1], [2]])).sum(axis=1)
+        np.testing.assert_allclose(output.ranked.exp_sum[[0, 1, 3]], sums[[0, 1, 3]], rtol=1e-6)
+
+    def test_greedy_steps_and_silent_chunks_rank_nothing(self, verifier, opener):
+        verifier.allocate(4, 128, ())
+        assert verifier.step(StepBatch.pack([Segment(0, 0, [5, 6], 0)])).ranked is None
+        assert verifier.step(StepBatch.pack([Segment(0, 2, [5, 6], 2, 1.0), Segment(1, 0, [1], 0)])).ranked is None
+        assert opener.engines[SAMPLER_ENGINE].runs == 0
+
+    def test_graphs_rank_the_step_that_is(self, verifier, opener):
+        """Captured and launched behind the verifier's own, on other rows each time."""
+        verifier.allocate(4, 128, ())
+        for turn in range(6):
+            batch = StepBatch.pack([Segment(0, turn, [turn], 0, 1.0), Segment(2, turn, [turn + 50], 0, 0.5)])
+            output = verifier.step(batch)
+            assert output.ranked.ids[:, 0].tolist() == output.argmax.tolist()
+            assert output.ranked.logits[:, 0].tolist() == output.top_logit.tolist()
+        assert opener.device.launches == 8, "two graphs, four times each"
+
+    @pytest.mark.parametrize("ranked", [8, 384])
+    def test_speculation_reads_few_rows(self, exported, golden_artifacts, tmp_path, monkeypatch, ranked):
+        """Seeded answers are those of an engine that reads every row, where heads are all of a distribution."""
+        export_golden_drafter(NAME, golden_artifacts[NAME], tmp_path / "d")
+        driver = SpeculatingDriver(golden_artifacts[NAME], tmp_path / "d", prefill_chunk=48, max_slots=8)
+        kinds = [{"top_k": 4}, {"min_p": 0.2}, {"top_k": 6, "top_p": 0.7}, {}]
+        requests = [
+            ids(*prompt(seed, 20), max_tokens=16, seed=seed, temperature=0.8, **kind)
+            for seed, kind in enumerate(
+                [*kinds, {"top_k": 4, "presence_penalty": 0.5}, {"top_k": 4, "log_probs": True}]
+            )
+        ]
+        reads: list[int] = []
+        as_array = DeviceRows.__array__
+
+        def counted(rows, *arguments, **options):
+            reads.append(rows.width)
+            return as_array(rows, *arguments, **options)
+
+        monkeypatch.setattr(DeviceRows, "__array__", counted)
+        answers, read = [], []
+        for heads in (False, True):
+            opener = HostOpener(HostDevice())
+            driver.stage = TensorRtVerifier(exported[0], StageSettings(), opener)
+            driver.drafter = TensorRtDrafter(exported[1], exported[0], StageSettings(), opener)
+            step = driver.stage.step
+
+            def cut(batch, step=step, heads=heads):
+                output = step(batch)
+                if output.ranked is None:
+                    return output
+                few = output.ranked
+                few = dataclasses.replace(few, ids=few.ids[:, :ranked], logits=few.logits[:, :ranked])
+                return dataclasses.replace(output, ranked=few if heads else None)
+
+            driver.stage.step = cut
+            drafting = Drafting(driver.drafter, Calibration.identity(driver.drafter.artifact.block_size), CHEAP)
+            driver.engine = Engine(driver.stage, None, driver.config, drafting, driver.records.append)
+            for request in requests:
+                reads.clear()
+                answers.append(driver.run(request)[0].tokens())
+                read.append(reads.count(driver.stage.artifact.vocab_size))
+            assert opener.engines[SAMPLER_ENGINE].runs > 0
+        rows, heads = read[: len(requests)], read[len(requests) :]
+        plain = 3
+        for place, (before, after) in enumerate(zip(answers[: len(requests)], answers[len(requests) :], strict=True)):
+            if place != plain or ranked == 384:
+                assert after == before, requests[place]
+        assert min(rows) >= 16
+        if ranked == 384:
+            assert heads[:4] == [0] * 4
+        else:
+            assert heads[0] == heads[2] == 0 and max(heads[1], heads[plain]) > 0
+        assert heads[4:] == rows[4:], "penalties and log-probabilities take the rows"
 
 
 def test_more_slots_than_the_engine_has(verifier):

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from dspark_backend.errors import ArtifactError, ConfigError
 from dspark_backend.stages.artifact import load_drafter_artifact, load_verifier_artifact
-from dspark_backend.stages.engine_contract import VERIFIER_ENGINE, Profile, Range, Workload
+from dspark_backend.stages.engine_contract import SAMPLER_ENGINE, VERIFIER_ENGINE, Profile, Range, Workload
 from dspark_backend.stages.tensorrt.limits import check_engines
 from dspark_backend.stages.tensorrt.profiles import engine_profiles
 from dspark_export.cli import app
@@ -210,10 +210,11 @@ def test_a_verifiers_stage_builds_whole_with_all_its_profiles(stages, tmp_path):
     assert re.search(r"verifier\.engine: \d+\.\d MiB, \d+\.\d s", done.stderr)
     assert "without address randomisation" in " ".join(done.stderr.split())
     artifact = load_verifier_artifact(tmp_path / "o")
-    assert artifact.engine.targets == BOTH and artifact.engine.engines.keys() == {VERIFIER_ENGINE}
+    assert artifact.engine.targets == BOTH and artifact.engine.engines.keys() == {VERIFIER_ENGINE, SAMPLER_ENGINE}
     assert not artifact.engine.reproducible
     found = engine_profiles(artifact.engine, VERIFIER_ENGINE, tuple("BNRQC"))
     assert found == work.verifier_profiles() and len(found) > 2
+    assert engine_profiles(artifact.engine, SAMPLER_ENGINE, ("N",)) == work.sampler_profiles()
     check_engines(artifact, None, 2, 16)
     with pytest.raises(ConfigError, match="max_slots: expected a profile"):
         check_engines(artifact, None, 20, 16)
@@ -275,13 +276,15 @@ def test_targets_fit_the_precision():
     assert parse_targets("", builder, "fp8")[0] == "sm89"
 
 
-def test_a_stage_that_lost_its_graph_is_named(stages, tmp_path):
+@pytest.mark.parametrize("graph", ["verifier.onnx", "sampler.onnx"])
+def test_a_stage_that_lacks_a_graph_is_named(stages, tmp_path, graph):
+    """One that was built already, or exported before there was such a graph."""
     shutil.copytree(stages / "v", tmp_path / "v")
     raw = json.loads((tmp_path / "v" / "stage.json").read_text())
-    (tmp_path / "v" / "verifier.onnx").unlink()
-    raw["files"].pop("verifier.onnx")
+    (tmp_path / "v" / graph).unlink()
+    raw["files"].pop(graph)
     (tmp_path / "v" / "stage.json").write_text(json.dumps(raw))
-    with pytest.raises(ExportError, match=r"expected verifier\.onnx; was it built already"):
+    with pytest.raises(ExportError, match=rf"expected {graph}; was it built already\? build from the export, of this"):
         export_engine(EngineExport(tmp_path / "v", tmp_path / "o"), silent)
     assert not (tmp_path / "o" / VERIFIER_ENGINE).exists()
 

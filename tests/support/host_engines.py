@@ -16,6 +16,7 @@ from host_device import HostDevice
 from dspark_backend.stages.engine_contract import (
     CONTEXT_ENGINE,
     DRAFT_ENGINE,
+    SAMPLER_ENGINE,
     VERIFIER_ENGINE,
     Profile,
     TensorSpec,
@@ -100,6 +101,7 @@ class HostOpener:
         work = Workload(info.capacity - info.padding, *self._settings)
         self.profiles = {
             VERIFIER_ENGINE: work.verifier_profiles(),
+            SAMPLER_ENGINE: work.sampler_profiles(),
             DRAFT_ENGINE: work.draft_profiles(),
             CONTEXT_ENGINE: work.context_profiles(),
         }

@@ -20,6 +20,9 @@ padding, which nobody reads. Caches start as zeros: a masked position has weight
 of ``artifact.embedding`` and ``artifact.head``, which are stored in the compute dtype; tied ones to one address). For a
 model of 8B that spares 2.5 GB of device memory. A drafter with a reduced vocabulary takes rows ``d2t`` of the head.
 
+**Sampling.** ``sampler.engine`` runs behind the verifier, on its logits where they lie, in steps that draw tokens for
+somebody. It ranks them: what is read of a row to draw from it are the most probable tokens, and not the vocabulary.
+
 No dimension may be 0: where no row is wanted (N, M), pass one of zeros, and ignore what comes of it.
 """
 
@@ -32,8 +35,12 @@ from typing import Literal
 from dspark_backend.stages.shared_weights import SHARED_EMBEDDING, SHARED_HEAD
 
 VERIFIER_ENGINE = "verifier.engine"
+SAMPLER_ENGINE = "sampler.engine"
 DRAFT_ENGINE = "draft.engine"
 CONTEXT_ENGINE = "context.engine"
+
+MAX_RANKED = 512
+"""Tokens of a row that are ranked for a draw: more than nucleus and top-k leave as a rule, and 6 KiB to read."""
 
 DType = Literal["int64", "float32", "float16", "bfloat16"]
 Direction = Literal["input", "output"]
@@ -134,6 +141,30 @@ class VerifierTensors:
             TensorSpec("top_logit", "float32", ("N",), "output"),
             TensorSpec("features", "float32", ("B", features), "output"),
             *cache_outputs(self.caches, self.compute, self.capacity),
+        )
+
+
+@dataclass(frozen=True)
+class SamplerTensors:
+    """The tensors of ``sampler.engine``. ``logits`` is the verifier's output, bound to the same address. Symbol N."""
+
+    vocab_size: int
+
+    @property
+    def num_ranked(self) -> int:
+        """Tokens of a row that are ranked."""
+        return min(MAX_RANKED, self.vocab_size)
+
+    @property
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """``ranked_logits`` are the largest of a row, descending; equal ones, and which of them is the last, in any
+        order. ``exp_sum`` is sum(exp((logits - largest) / temperature)) over the whole row."""
+        return (
+            TensorSpec("logits", "float32", ("N", self.vocab_size)),
+            TensorSpec("temperature", "float32", ("N",)),
+            TensorSpec("ranked_ids", "int64", ("N", self.num_ranked), "output"),
+            TensorSpec("ranked_logits", "float32", ("N", self.num_ranked), "output"),
+            TensorSpec("exp_sum", "float32", ("N",), "output"),
         )
 
 
@@ -246,7 +277,7 @@ class Workload:
         deepest = self.block_size + 1
         rows, view, profiles = Range(1, min(4, self.slots), self.slots), self.view(), []
         most = self.slots * deepest
-        for tokens in sorted({min(most, size) for size in (deepest, 4 * deepest, most)}):
+        for tokens in self._verified():
             tokens_range = Range(1, tokens, tokens)
             ranges = {"B": tokens_range, "N": tokens_range, "R": rows, "Q": Range(1, deepest, deepest), "C": view}
             profiles.append(Profile(f"verify_{tokens}", ranges))
@@ -255,6 +286,10 @@ class Workload:
         columns = Range(1, chunk, chunk)
         prefill = {"B": Range(1, chunk, mixed), "N": Range(1, 1, most), "R": Range(1, 1, self.slots), "Q": columns}
         return (*profiles, Profile("prefill", prefill | {"C": view}))
+
+    def sampler_profiles(self) -> tuple[Profile, ...]:
+        """Of the rows that verifications want."""
+        return tuple(Profile(f"sample_{tokens}", {"N": Range(1, tokens, tokens)}) for tokens in self._verified())
 
     def draft_profiles(self) -> tuple[Profile, ...]:
         """A drafting round after a verification, then one that takes a prompt's chunk along."""
@@ -272,3 +307,9 @@ class Workload:
         chunk, most = self.prefill_chunk, self.slots * (self.block_size + 1)
         rows, columns = Range(1, 1, self.slots), Range(1, chunk, chunk)
         return (Profile("context", {"M": Range(1, chunk, chunk + most), "R": rows, "W": columns}),)
+
+    def _verified(self) -> list[int]:
+        """Most tokens of one request, of a few and of all of them, each with its drafts."""
+        deepest = self.block_size + 1
+        most = self.slots * deepest
+        return sorted({min(most, size) for size in (deepest, 4 * deepest, most)})

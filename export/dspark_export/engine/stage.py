@@ -23,6 +23,7 @@ from dspark_backend.stages.artifact import (
 from dspark_backend.stages.engine_contract import (
     CONTEXT_ENGINE,
     DRAFT_ENGINE,
+    SAMPLER_ENGINE,
     VERIFIER_ENGINE,
     Profile,
     Workload,
@@ -32,7 +33,7 @@ from dspark_export.engine.builder import Builder, BuildSettings, find_builder, p
 from dspark_export.engine.worker import build_apart
 from dspark_export.errors import ExportError
 from dspark_export.publish import Progress, file_digests, file_sizes, published
-from dspark_export.tensorrt_graphs import CONTEXT_GRAPH, DRAFT_GRAPH, RUNTIME, VERIFIER_GRAPH
+from dspark_export.tensorrt_graphs import CONTEXT_GRAPH, DRAFT_GRAPH, RUNTIME, SAMPLER_GRAPH, VERIFIER_GRAPH
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ def export_engine(
     missing = [graph for graph in _graphs(artifact) if not (options.stage / graph).is_file()]
     if missing:
         raise ExportError(
-            f"{options.stage}: expected {', '.join(missing)}; was it built already? build from the export"
+            f"{options.stage}: expected {', '.join(missing)}; was it built already? build from the export, "
+            "of this version"
         )
     builder = builder or find_builder()
     settings = BuildSettings(
@@ -154,7 +156,9 @@ def _load(directory: Path) -> VerifierArtifact | DrafterArtifact:
 
 
 def _graphs(artifact: VerifierArtifact | DrafterArtifact) -> tuple[str, ...]:
-    return (DRAFT_GRAPH, CONTEXT_GRAPH) if isinstance(artifact, DrafterArtifact) else (VERIFIER_GRAPH,)
+    if isinstance(artifact, DrafterArtifact):
+        return DRAFT_GRAPH, CONTEXT_GRAPH
+    return VERIFIER_GRAPH, SAMPLER_GRAPH
 
 
 def _workload(text: str, artifact: VerifierArtifact | DrafterArtifact) -> Workload:
@@ -185,7 +189,10 @@ def _plans(
             _Plan(DRAFT_GRAPH, DRAFT_ENGINE, work.draft_profiles()),
             _Plan(CONTEXT_GRAPH, CONTEXT_ENGINE, work.context_profiles()),
         )
-    return (_Plan(VERIFIER_GRAPH, VERIFIER_ENGINE, work.verifier_profiles()),)
+    return (
+        _Plan(VERIFIER_GRAPH, VERIFIER_ENGINE, work.verifier_profiles()),
+        _Plan(SAMPLER_GRAPH, SAMPLER_ENGINE, work.sampler_profiles()),
+    )
 
 
 def _info(engine: str, profile: Profile) -> ProfileInfo:

@@ -81,5 +81,8 @@ def engine_profiles(info: EngineInfo, engine: str, symbols: Sequence[str]) -> tu
             ) from error
         found.append(Profile(one.name, ranges))
     if not found:
-        raise ArtifactError(f"{engine}: expected optimization profiles in stage.json, found none; build it again")
+        raise ArtifactError(
+            f"{engine}: expected optimization profiles in stage.json, found none; export the stage and build it "
+            "again with this version"
+        )
     return tuple(found)
