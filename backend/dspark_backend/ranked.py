@@ -131,12 +131,9 @@ def head_of(ranked: RankedRows, row: int, params: SamplingParams) -> Head | None
     count, whole = len(ids), len(ids) == ranked.vocab_size
     complete = whole
 
-    def sure(kept: int) -> bool:
-        """Whether the first ``kept`` are the first of the row: those equal to the last one may have lower ids."""
-        return whole or bool(logits[kept - 1] > logits[-1])
-
     if 0 < params.top_k < ranked.vocab_size:
-        if params.top_k > count or not sure(params.top_k):
+        # Where those kept and the last one here are equal, others may be, of lower ids.
+        if params.top_k > count or not (whole or logits[params.top_k - 1] > logits[-1]):
             return None
         count, complete = params.top_k, True
     if params.min_p > 0.0:
@@ -149,8 +146,10 @@ def head_of(ranked: RankedRows, row: int, params: SamplingParams) -> Head | None
     if not math.isfinite(total):
         return None
     if params.top_p < 1.0:
+        # By score: logits that differ may have the same one. Equal weights are interchangeable but for who is kept.
+        ids = ids[np.lexsort((ids[:count], -scores[:count]))]
         found = _nucleus(weights, params.top_p * total, error)
-        if found is None or not sure(found):
+        if found is None or not (complete or scores[found - 1] > scores[-1]):
             return None
         weights, complete = weights[:found], True
         total = float(weights.sum())
