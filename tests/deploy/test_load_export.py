@@ -10,7 +10,7 @@ from dspark_load import prompts
 from dspark_load.cell import Cell, Load
 from dspark_load.errors import LoadError
 from dspark_load.profile_export import read
-from dspark_load.segment import SLICES, reduce, window_end
+from dspark_load.segment import SLICES, reduce, window
 
 RECORDED = Path(__file__).parent / "data" / "perf_analyzer_profile.json"
 
@@ -51,22 +51,29 @@ def test_several_tokens_of_one_response_are_counted(domains):
     assert arrivals == sorted(arrivals)
 
 
-def test_the_window_of_a_closed_loop_ends_before_it_runs_dry(domains):
+def test_the_window_of_a_closed_loop_is_without_its_beginning_and_its_end(domains):
     profile = read(RECORDED, domains)
-    end = window_end(profile.answers)
+    begin, end = window(profile.answers)
     starts, ends = [a.sent for a in profile.answers], [a.last for a in profile.answers]
     assert max(starts) < end == sorted(ends)[3]
+    assert begin == sorted(ends)[0]
     segment = reduce(Cell("fixed:5", Load("closed", 2.0)), 0, profile)
-    assert segment.end == end
+    assert (segment.begin, segment.end, segment.seconds) == (begin, end, end - begin)
     assert len(segment.slices) == SLICES
-    assert sum(segment.slices) == sum(tokens for when, tokens in profile.arrivals if when <= end) < 60
-    assert len(segment.counted) == 4, "the last answer was made alone for most of its time"
+    assert sum(segment.slices) == sum(tokens for when, tokens in profile.arrivals if begin < when <= end) < 60
+    assert segment.aggregate == sum(segment.slices) / segment.seconds
+    assert len(segment.counted) == 2, "two began in the crowd, the last was made alone for most of its time"
+
+
+def test_a_loop_with_one_request_a_stream_is_measured_whole(domains):
+    alike = read(RECORDED, domains).answers[:2]
+    assert window(alike) == (0.0, min(answer.last for answer in alike))
 
 
 def test_all_answers_of_an_open_loop_count(domains):
     profile = read(RECORDED, domains)
     segment = reduce(Cell("fixed:5", Load("open", 3.0)), 0, profile)
-    assert segment.end == max(answer.last for answer in profile.answers)
+    assert (segment.begin, segment.end) == (0.0, max(answer.last for answer in profile.answers))
     assert sum(segment.slices) == 60
     assert segment.counted == profile.answers
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-WAVE = 64
-"""Most requests that a closed loop sends beyond its first one a stream; while the first arrive, prompts are most of the
-work."""
+WAVES = 2
+"""Requests of each stream that a closed loop sends beyond its first one, which is not measured."""
+LEAST = 8
+"""Requests beyond the first ones, at least."""
 
 
 @dataclass(frozen=True, order=True)
@@ -23,7 +24,7 @@ class Load:
         """How many one segment sends: an open loop so many seconds long, a closed one until all streams were busy."""
         if self.mode == "closed":
             streams = int(self.value)
-            return streams + min(max(streams, 5 if streams == 1 else 6), WAVE)
+            return streams + max(WAVES * streams, LEAST)
         return max(6, math.ceil(self.value), round(self.value * open_secs))  # the tool refuses fewer than the rate
 
     @property

@@ -11,6 +11,10 @@ from typing import Any
 
 from dspark_load.errors import LoadError
 
+LENGTHS = (0.5, 1.25, 0.75, 1.5, 1.0)
+"""Of successive answers, over the mean. With equal ones the streams of a policy that gives each a token a step would all
+end and begin at once, and its prompts never meet anybody's answer."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -62,16 +66,18 @@ def stretch(prompts: Sequence[Prompt], start: int, count: int) -> list[Prompt]:
 
 
 def input_data(asked: Sequence[tuple[Prompt, str]], tokens: int, chat: bool) -> dict[str, Any]:
-    """perf_analyzer's ``--input-data``: greedy answers of exactly ``tokens`` tokens, streamed.
+    """perf_analyzer's ``--input-data``: greedy answers of exactly so many tokens, streamed.
 
     Args:
+        tokens: of an answer in the mean; each prompt has a share of it (``LENGTHS``), whatever the policy.
         asked: prompts, each with its policy.
         chat: as messages, for the model's template; else as plain text.
     """
 
-    def entry(prompt: Prompt, policy: str) -> dict[str, list[Any]]:
+    def entry(index: int, prompt: Prompt, policy: str) -> dict[str, list[Any]]:
+        length = max(2, round(tokens * LENGTHS[index % len(LENGTHS)]))
         inputs: dict[str, list[Any]] = {"messages": [prompt.messages]} if chat else {"text_input": [prompt.text]}
-        inputs |= {"max_tokens": [tokens], "stream": [True], "ignore_eos": [True], "draft_policy": [policy]}
+        inputs |= {"max_tokens": [length], "stream": [True], "ignore_eos": [True], "draft_policy": [policy]}
         return inputs
 
-    return {"data": [entry(prompt, policy) for prompt, policy in asked]}
+    return {"data": [entry(index, prompt, policy) for index, (prompt, policy) in enumerate(asked)]}

@@ -99,7 +99,7 @@ def page(
     parts = [
         "# Load report",
         f"Served: {labels.served}. Machine: {labels.machine}; {shared}. perf_analyzer {labels.tool} over gRPC, greedy "
-        f"answers of {labels.tokens} tokens, prompts of {', '.join(labels.domains)} in turn. {noise}",
+        f"answers of {labels.tokens} tokens in the mean, prompts of {', '.join(labels.domains)} in turn. {noise}",
         f"Repeat it: `{labels.command}`",
         f"## Throughput against the best other policy\n\n{best(against)}" if against else "",
         f"## Speed of a user at matched throughput\n\nMedian over levels, straight lines between the measured points "

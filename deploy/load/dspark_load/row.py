@@ -81,7 +81,7 @@ def request_rate(segments: Sequence[Segment]) -> float:
     """Requests a second: the tokens of the windows over the tokens of an answer."""
     per_answer = [answer.tokens for segment in segments for answer in segment.answers]
     tokens = sum(sum(segment.slices) for segment in segments)
-    return tokens / sum(segment.end for segment in segments) / (sum(per_answer) / len(per_answer))
+    return tokens / sum(segment.seconds for segment in segments) / (sum(per_answer) / len(per_answer))
 
 
 def _budget(answer: Answer) -> float:

@@ -22,46 +22,59 @@ class Segment:
     part: int
     answers: list[Answer]
     end: float
-    """Of the window, in seconds from the first request; a closed loop has all its streams busy from 0 to here."""
+    """Of the window, in seconds from the first request; a closed loop has all its streams busy up to here."""
     slices: list[int]
     """Tokens that arrived in each of equal slices of the window."""
     foreign_cores: float = 0.0
     """Cores that others kept busy meanwhile."""
+    begin: float = 0.0
+    """Of the window: in a closed loop the first answer's end. Before it all streams were at their beginnings."""
+
+    @property
+    def seconds(self) -> float:
+        """Of the window."""
+        return self.end - self.begin
 
     @property
     def aggregate(self) -> float:
         """Tokens a second of all users."""
-        return sum(self.slices) / self.end
+        return sum(self.slices) / self.seconds
 
     @property
     def counted(self) -> list[Answer]:
-        """Answers made under the load; the others ran while a closed loop ran dry. All where none qualifies."""
-        inside = [answer for answer in self.answers if _share(answer, self.end) >= INSIDE]
+        """Answers made under the load; the others ran while a closed loop began or ran dry. All where none
+        qualifies."""
+        inside = [answer for answer in self.answers if _share(answer, self.begin, self.end) >= INSIDE]
         return inside or self.answers
 
 
 def reduce(cell: Cell, part: int, profile: Profile, foreign_cores: float = 0.0) -> Segment:
     """The segment of one profile."""
-    end = window_end(profile.answers) if cell.load.mode == "closed" else max(a.last for a in profile.answers)
-    return Segment(cell, part, profile.answers, end, slices(profile.arrivals, end), foreign_cores)
+    begin, end = window(profile.answers) if cell.load.mode == "closed" else (0.0, max(a.last for a in profile.answers))
+    return Segment(cell, part, profile.answers, end, slices(profile.arrivals, begin, end), foreign_cores, begin)
 
 
-def window_end(answers: Sequence[Answer]) -> float:
-    """When the first stream of a closed loop ended for which no new request was left."""
+def window(answers: Sequence[Answer]) -> tuple[float, float]:
+    """Of a closed loop: from the first answer's end until a stream ended for which no new request was left.
+
+    All streams begin together, with their prompts: what comes before the first end is a crowd, not a load.
+    """
     last_start = max(answer.sent for answer in answers)
-    return min(answer.last for answer in answers if answer.last > last_start)
+    end = min(answer.last for answer in answers if answer.last > last_start)
+    begin = min(answer.last for answer in answers)
+    return (begin if begin < end else 0.0), end
 
 
-def slices(arrivals: Sequence[tuple[float, int]], end: float) -> list[int]:
-    """Tokens by slice of [0, end]."""
+def slices(arrivals: Sequence[tuple[float, int]], begin: float, end: float) -> list[int]:
+    """Tokens by slice of what comes behind ``begin``, up to ``end``."""
     counts = [0] * SLICES
     for when, tokens in arrivals:
-        if when <= end:
-            counts[min(SLICES - 1, int(when / end * SLICES))] += tokens
+        if begin < when <= end:
+            counts[min(SLICES - 1, int((when - begin) / (end - begin) * SLICES))] += tokens
     return counts
 
 
-def _share(answer: Answer, end: float) -> float:
+def _share(answer: Answer, begin: float, end: float) -> float:
     if answer.decode_secs <= 0:
-        return 1.0 if answer.last <= end else 0.0
-    return max(0.0, min(answer.last, end) - answer.first) / answer.decode_secs
+        return 1.0 if begin < answer.last <= end else 0.0
+    return max(0.0, min(answer.last, end) - max(answer.first, begin)) / answer.decode_secs

@@ -33,9 +33,9 @@ def measured(segments: Sequence[Segment], seed: int = 0) -> Throughput:
     A closed loop with N streams makes N * tokens / latency (Little's law), so its uncertainty is that of the answers'
     tokens over latencies, resampled. In an open loop arrivals decide: slices of the windows are resampled.
     """
-    value = sum(sum(segment.slices) for segment in segments) / sum(segment.end for segment in segments)
+    value = sum(sum(segment.slices) for segment in segments) / sum(segment.seconds for segment in segments)
     if segments[0].cell.load.mode == "open":
-        rates = [count * len(segment.slices) / segment.end for segment in segments for count in segment.slices]
+        rates = [count * len(segment.slices) / segment.seconds for segment in segments for count in segment.slices]
         return Throughput(value, interval.resampled(rates, interval.mean, seed))
     answers = [answer for segment in segments for answer in segment.counted]
     tokens = [float(answer.tokens) for answer in answers]
