@@ -12,8 +12,8 @@ from typing import Any
 from dspark_load.errors import LoadError
 
 LENGTHS = (0.5, 1.25, 0.75, 1.5, 1.0)
-"""Of successive answers, over the mean. With equal ones the streams of a policy that gives each a token a step would all
-end and begin at once, and its prompts never meet anybody's answer."""
+"""Of successive answers, over the mean. With equal ones the streams of a policy that gives each a token a step would
+all end and begin at once, and its prompts never meet anybody's answer."""
 
 
 @dataclass(frozen=True)
