@@ -7,7 +7,7 @@ from typing import Any
 
 from engines import Driver
 
-from dspark_backend.calibration import Calibration
+from dspark_backend.calibration import Calibration, load_calibration
 from dspark_backend.cost import CostModel, StepCurve
 from dspark_backend.cost_cache import CostCache
 from dspark_backend.engine import Engine
@@ -33,7 +33,7 @@ DEAR = CostModel(
 
 
 class SpeculatingDriver(Driver):
-    """A driver whose engine has a drafter; ``records`` keeps every round."""
+    """A driver whose engine has a drafter; ``records`` keeps every round. ``calibrated``: by the artifact's own."""
 
     def __init__(
         self,
@@ -42,13 +42,19 @@ class SpeculatingDriver(Driver):
         cost: CostModel = CHEAP,
         policy: str = "causal",
         cost_cache: CostCache | None = None,
+        calibrated: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(verifier, **settings)
         self.records: list[RoundRecord] = []
         self.drafter = OnnxRuntimeDrafter(drafter, verifier, self.config.threads)
         artifact = self.drafter.artifact
-        drafting = Drafting(self.drafter, Calibration.identity(artifact.block_size), cost, cost_cache)
+        calibration = (
+            load_calibration(drafter, artifact.block_size, artifact.source_hash)
+            if calibrated
+            else Calibration.identity(artifact.block_size)
+        )
+        drafting = Drafting(self.drafter, calibration, cost, cost_cache)
         self.engine = Engine(self.stage, self.tokenizer, self.config, drafting, self.records.append)
         self.preparer = Preparer(
             self.stage.artifact,
