@@ -60,7 +60,7 @@ def test_a_run_is_measured_and_reported(pair, tmp_path):
     segments = [json.loads(line) for line in (tmp_path / "segments.jsonl").read_text().splitlines()[1:]]
     assert len(segments) == 6
     for segment in segments:
-        assert all(answer["tokens"] == TOKENS for answer in segment["answers"])
+        assert {answer["tokens"] for answer in segment["answers"]} == {4, 6, 8, 10, 12}, "0.5 to 1.5 times TOKENS"
         assert {answer["domain"] for answer in segment["answers"]} == {"chat", "code", "math"}
     page = (tmp_path / "results.md").read_text()
     assert page == done.stdout
