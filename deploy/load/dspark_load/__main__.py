@@ -159,6 +159,7 @@ def run(given: argparse.Namespace) -> None:
         pair.check()
     settings = {
         "tokens": given.tokens,
+        "lengths": list(prompts.LENGTHS),
         "prompts": hashlib.sha256(text.encode()).hexdigest()[:12],
         "chat": not given.text,
         "threads": given.threads,
