@@ -31,6 +31,8 @@ class Surcharge:
     """Steps since the last one without drafts."""
     _pace: float = 0.0
     """Actual / predicted of recent plain steps; 0 before the first."""
+    _odd: bool = False
+    """Whether the last plain step was far off this pace."""
     _added: float = 0.0
     """In plain steps, as ``_expected``: what drafts added, and what the model says of that."""
     _expected: float = 0.0
@@ -38,10 +40,13 @@ class Surcharge:
     def plain(self, predicted: float, actual: float) -> None:
         """A step without drafts."""
         pace = actual / predicted
-        if not self._pace or self.since_plain > _FRESH:
-            self._pace = pace
-        elif self._pace / _PAUSE < pace < self._pace * _PAUSE:
+        alike = self._pace / _PAUSE < pace < self._pace * _PAUSE
+        # One that is far off was a pause of the machine. Two in succession: the first pace was, or it has changed.
+        if not self._pace or self.since_plain > _FRESH or (self._odd and not alike):
+            self._pace, alike = pace, True
+        elif alike:
             self._pace = _PACE_MEMORY * self._pace + (1 - _PACE_MEMORY) * pace
+        self._odd = not alike
         self.since_plain = 0
 
     def drafted(self, plain: float, predicted: float, actual: float) -> None:

@@ -130,6 +130,20 @@ def test_a_pause_of_the_machine_teaches_nothing_about_drafts():
     assert learned[16] / learned[0] == pytest.approx(wide / plain, rel=0.02)
 
 
+@pytest.mark.parametrize("before", [0.2, 5.0])
+def test_another_pace_of_the_machine_is_found_while_few_draft(before):
+    """Steps without drafts that follow one another never wait until the last pace is too old to be believed."""
+    cost = RoundCost(MODEL, BLOCK)
+    plain, wide = MODEL.verify_seconds(8, np.array([8, 24]), 128)
+    step(cost, 0, before * plain)
+    for _ in range(60):
+        step(cost, 0, plain)
+        step(cost, 0, plain)
+        step(cost, 16, plain + 1.5 * (wide - plain))
+    learned = cost.step_seconds(8, 16, 128, 2)
+    assert learned[16] / learned[0] == pytest.approx((plain + 1.5 * (wide - plain)) / plain, rel=0.1)
+
+
 def test_a_step_without_drafts_is_wanted_when_it_is_long_ago():
     cost = RoundCost(MODEL, BLOCK)
     plain, wide = MODEL.verify_seconds(8, np.array([8, 24]), 128)
