@@ -9,14 +9,13 @@ _PADDING = 2
 
 
 def chunk_budget(prompts: int, streams: bool, chunk: int, busy_chunk: int) -> int:
-    """Most prompt tokens of a step while so many requests wait for their prompts.
+    """Most prompt tokens of a step while so many requests wait for their prompts: never above ``chunk``, for which
+    engines are built.
 
     Beside streams a prompt may slow them by ``busy_chunk`` tokens. Each further prompt that waits adds as much, up to
     ``chunk``: with a fixed one the slots of a full server fill with prompts that wait for each other, and few decode.
     """
-    if not streams:
-        return chunk
-    return max(busy_chunk, min(chunk, prompts * busy_chunk))
+    return min(chunk, prompts * busy_chunk) if streams else chunk
 
 
 def neighbours(slots: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:

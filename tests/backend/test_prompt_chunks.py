@@ -9,10 +9,10 @@ class TestBudget:
         assert chunk_budget(1, False, 256, 64) == 256
 
     def test_grows_with_the_prompts_up_to_the_whole_chunk(self):
-        assert [chunk_budget(prompts, True, 256, 64) for prompts in (0, 1, 2, 3, 4, 50)] == [64, 64, 128, 192, 256, 256]
+        assert [chunk_budget(prompts, True, 256, 64) for prompts in (1, 2, 3, 4, 50)] == [64, 128, 192, 256, 256]
 
-    def test_a_busy_chunk_above_the_other_stays_what_it_is(self):
-        assert [chunk_budget(prompts, True, 32, 64) for prompts in (1, 9)] == [64, 64]
+    def test_never_more_than_engines_are_built_for(self):
+        assert [chunk_budget(prompts, True, 32, 64) for prompts in (1, 9)] == [32, 32]
 
 
 class TestNeighbours:
