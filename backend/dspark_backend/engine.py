@@ -154,9 +154,10 @@ class Engine:
             pieces.append(sequence.prepared.prompt_ids[start : start + budget])
             chosen.append(sequence)
             budget -= len(pieces[-1])
-        if chosen:
-            # Before it is asked which are neighbours: it may move sequences to other slots.
-            self._make_room(chosen, pieces)
+        if not chosen:
+            return
+        # Once for all runs, and before it is asked which are neighbours: it may move sequences to other slots.
+        self._make_room(chosen, pieces)
         slots = [sequence.held_slot.index for sequence in chosen]
         for run in neighbours(slots, [len(piece) for piece in pieces]):
             self._prefill_run([(chosen[place], pieces[place]) for place in run if chosen[place].slot is not None])
@@ -204,9 +205,12 @@ class Engine:
     def _verify(self, running: Sequence[SequenceState], planned: Round) -> None:
         """Run the target over anchors and drafts, and take what it says."""
         pairs = [pair for pair in zip(running, planned.blocks, strict=True) if pair[0].slot is not None]
-        ran = self._run(
-            [sequence for sequence, _ in pairs], [(sequence.anchor, *block.drafts.tokens) for sequence, block in pairs]
-        )
+        if not pairs:
+            return
+        sequences = [sequence for sequence, _ in pairs]
+        pieces = [(sequence.anchor, *block.drafts.tokens) for sequence, block in pairs]
+        self._make_room(sequences, pieces)
+        ran = self._run(sequences, pieces)
         if ran is None:
             return
         self.metrics.count_step(ran.num_tokens, ran.seconds)
@@ -231,15 +235,13 @@ class Engine:
             self._speculator.settle()
 
     def _run(self, chosen: Sequence[SequenceState], pieces: Sequence[Sequence[int]]) -> _Ran | None:
-        """One step of the verifier over the next tokens of some sequences.
+        """One step of the verifier over the next tokens of some sequences, for which there is room.
 
         The last token of a prompt and every later one is asked what follows it. None where there is nothing to run or
         it failed (its requests then failed, too).
         """
         if not chosen:
             return None
-        # Before the segments: it may move sequences to other slots.
-        self._make_room(chosen, pieces)
         segments = []
         for sequence, piece in zip(chosen, pieces, strict=True):
             slot = sequence.held_slot
@@ -258,7 +260,7 @@ class Engine:
         return _Ran.of(batch, output, time.perf_counter() - begin)
 
     def _make_room(self, chosen: Sequence[SequenceState], pieces: Sequence[Sequence[int]]) -> None:
-        """Bring the cache into the shape that the next tokens of these sequences want."""
+        """Bring the cache into the shape that the next tokens of these sequences want. May move them to other slots."""
         ends = (sequence.held_slot.length + len(piece) for sequence, piece in zip(chosen, pieces, strict=True))
         self.cache.prepare(max(ends))
 

@@ -137,6 +137,26 @@ class TestPrefill:
         assert [batch.num_tokens for batch in driver.stage.batches[start : start + 2]] == [40, 40]
         assert first.deltas and last.deltas
 
+    def test_runs_of_a_step_find_room_for_all_of_them(self, artifact, monkeypatch):
+        """The cache neither shrinks for a short prompt nor grows again for the long one behind it."""
+        driver = self.wrapped(artifact, prefill_chunk=400, prefill_chunk_busy=400, max_slots=8)
+        for index in range(8):
+            driver.submit(ids(*prompt(index, 20), max_tokens=2 if index in (0, 7) else 100))
+        driver.engine.step()
+        driver.submit(ids(*prompt(8, 20), max_tokens=2))
+        driver.submit(ids(*prompt(9, 300), max_tokens=2))
+        allocate, capacities = driver.stage.allocate, []
+
+        def watched(num_slots, capacity, moves):
+            capacities.append(capacity)
+            allocate(num_slots, capacity, moves)
+
+        monkeypatch.setattr(driver.stage, "allocate", watched)
+        start = len(driver.stage.batches)
+        driver.engine.step()
+        assert [batch.num_tokens for batch in driver.stage.batches[start : start + 2]] == [20, 300]
+        assert capacities == [384]
+
     def test_siblings_of_a_request_wait_as_one_prompt(self, artifact):
         driver = self.wrapped(artifact, prefill_chunk=64, prefill_chunk_busy=24)
         driver.submit(ids(*PROMPT, max_tokens=100))
