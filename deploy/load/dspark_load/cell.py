@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 WAVES = 2
-"""Requests of each stream that a closed loop sends beyond its first one, which is not measured."""
+"""Requests of each stream that a closed loop sends beyond its first one, of which little is measured."""
 LEAST = 8
 """Requests beyond the first ones, at least."""
 
