@@ -73,11 +73,9 @@ class RoundCost:
         """Whether it is long ago that a step of so many requests ran without drafts."""
         return self._surcharge(num_requests).since_plain >= self._PLAIN_EVERY
 
-    def observe_verify(
-        self, predicted_seconds: float, num_requests: int, drafts: int, capacity: int, depth: int, seconds: float
-    ) -> None:
-        """A step that ``verify_seconds`` predicted took so long."""
-        self._verify.update(predicted_seconds, seconds)
+    def observe_verify(self, num_requests: int, drafts: int, capacity: int, depth: int, seconds: float) -> None:
+        """A step, as for ``verify_seconds``, took so long."""
+        self._verify.update(self.verify_seconds(num_requests, drafts, capacity, depth), seconds)
         if seconds > 0.0:
             plain, surcharge = self._plain(num_requests, capacity), self._surcharge(num_requests)
             if drafts:

@@ -131,9 +131,7 @@ class Speculator:
         self._metrics.spec_decode_trim_ratio.value = 1.0 - verified / drafted if drafted else 0.0
         self._metrics.predicted_step_seconds_total.add(planned.predicted_seconds)
         if planned.predicted_seconds:
-            self._cost.observe_verify(
-                planned.predicted_seconds, len(depths), verified, planned.capacity, max(depths), seconds
-            )
+            self._cost.observe_verify(len(depths), verified, planned.capacity, max(depths), seconds)
         self._metrics.cost_model_error.value = self._cost.mean_relative_error
 
     def _count_idle(self, running: Sequence[SequenceState], limits: IntArray, chosen: set[int]) -> None:

@@ -211,7 +211,7 @@ def test_where_drafting_hardly_pays_a_round_without_it_shows_what_it_costs():
             chosen = choose(choice, running)
             drafts, depth = len(chosen.rows) * chosen.depth, chosen.depth
             predicted = model.verify_seconds(2, drafts, 128, depth)
-            model.observe_verify(predicted, 2, drafts, 128, depth, predicted)
+            model.observe_verify(2, drafts, 128, depth, predicted)
             found.append(len(chosen.rows))
         return found
 

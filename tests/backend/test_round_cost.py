@@ -67,7 +67,7 @@ def test_each_stage_is_scaled_by_its_own_steps():
     cost = RoundCost(MODEL, BLOCK)
     verify, draft = cost.verify_seconds(1, 0, 128, 0), MODEL.draft_seconds(1, 128, 2)
     for _ in range(300):
-        cost.observe_verify(verify, 1, 0, 128, 0, 2 * verify)
+        cost.observe_verify(1, 0, 128, 0, 2 * verify)
         cost.observe_draft(1, 128, 2, 5 * draft)
     assert cost.step_seconds(1, 0, 128, 0)[0] == pytest.approx(2 * verify)
     assert cost.draft_seconds(1, 128, 2) == pytest.approx(5 * draft)
@@ -89,7 +89,7 @@ def test_a_model_that_proves_wrong_is_forgotten(tmp_path, caplog):
     cache.store(MODEL)
     cost = RoundCost(MODEL, BLOCK, cache)
     for _ in range(400):
-        cost.observe_verify(0.01, 1, 0, 128, 0, 0.03)
+        cost.observe_verify(1, 0, 128, 0, 0.03)
     assert cache.load() is None
     assert caplog.text.count("next load measures again") == 1
 
@@ -97,7 +97,7 @@ def test_a_model_that_proves_wrong_is_forgotten(tmp_path, caplog):
 def step(cost: RoundCost, drafts: int, seconds: float, capacity: int = 128) -> None:
     """Of 8 requests, of which one has two drafts where any has."""
     depth = 2 if drafts else 0
-    cost.observe_verify(cost.verify_seconds(8, drafts, capacity, depth), 8, drafts, capacity, depth, seconds)
+    cost.observe_verify(8, drafts, capacity, depth, seconds)
 
 
 @pytest.mark.parametrize("pace", [0.7, 1.0, 2.5])
