@@ -67,6 +67,16 @@ class ContextKeys:
         return text.visible & (self.positions[text.rows] >= self.starts[text.blocks][:, None] - window)
 
 
+def _parts(rows: Tensor, wanted: Sequence[slice]) -> list[Tensor]:
+    """Ascending slices of [N, ...], from one split: backwards, each slice by itself would add a gradient of all N."""
+    sizes, at = [], 0
+    for part in wanted:
+        start, stop, _ = part.indices(len(rows))
+        sizes += [start - at, stop - start]
+        at = stop
+    return list(torch.split(rows, [*sizes, len(rows) - at])[1::2])
+
+
 class DrafterAttention(nn.Module):
     """Grouped-query attention of block slots over context rows and their own block."""
 
@@ -107,15 +117,17 @@ class DrafterAttention(nn.Module):
         query = query.reshape(*x.shape[:2], self._shape.num_kv_heads, self._shape.group, self._shape.head_dim)
         context_key, context_value = self._keys_values(keys.context, keys.rotation)
         block_key, block_value = self._keys_values(x, rotation)
+        blocks, rows = [text.blocks for text in keys.texts], [text.rows for text in keys.texts]
         mixed = torch.cat(
             [
-                self._attend(
-                    query[text.blocks],
-                    (context_key[text.rows], context_value[text.rows]),
-                    (block_key[text.blocks], block_value[text.blocks]),
-                    keys.visible(text, self._shape.window),
+                self._attend(mine, on_context, on_block, keys.visible(text, self._shape.window))
+                for text, mine, on_context, on_block in zip(
+                    keys.texts,
+                    _parts(query, blocks),
+                    zip(_parts(context_key, rows), _parts(context_value, rows), strict=True),
+                    zip(_parts(block_key, blocks), _parts(block_value, blocks), strict=True),
+                    strict=True,
                 )
-                for text in keys.texts
             ]
         )
         projected: Tensor = self.o_proj(mixed.flatten(2))

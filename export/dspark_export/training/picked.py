@@ -12,21 +12,23 @@ class _Picked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """``logits`` [n, V] of any float type, ``ids`` int64 [n, K]."""
-        wide = logits.float() if logits.dtype != torch.float32 else logits.clone()
-        total = wide.logsumexp(dim=-1, keepdim=True)
-        best = wide.amax(dim=-1, keepdim=True) - total
-        picked = wide.gather(-1, ids) - total
-        ctx.wide, ctx.total, ctx.ids, ctx.dtype = wide, total, ids, logits.dtype
-        ctx.mark_non_differentiable(best)
-        return picked, best.squeeze(-1)
+        best = logits.amax(dim=-1, keepdim=True).float()
+        picked = logits.gather(-1, ids).float()
+        powers = logits.float() if logits.dtype != torch.float32 else logits.clone()
+        total = powers.sub_(best).exp_().sum(dim=-1, keepdim=True)
+        log_total = total.log()
+        ctx.powers, ctx.total, ctx.ids, ctx.dtype = powers, total, ids, logits.dtype
+        highest = -log_total.squeeze(-1)
+        ctx.mark_non_differentiable(highest)
+        return picked.sub_(best).sub_(log_total), highest
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         # d(z_i - log sum exp z) / dz_j = [i = j] - p_j; in place, so that it works once.
         picked = gradients[0]
-        result = ctx.wide.sub_(ctx.total).exp_().mul_(-picked.sum(dim=-1, keepdim=True))
+        result = ctx.powers.mul_(-picked.sum(dim=-1, keepdim=True) / ctx.total)
         result.scatter_add_(-1, ctx.ids, picked)
-        ctx.wide = None
+        ctx.powers = None
         return result.to(ctx.dtype), None
 
 

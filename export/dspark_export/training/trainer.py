@@ -94,18 +94,18 @@ class Trainer:
         with self._autocast():
             blocks = self.drafter.hidden_blocks(step.features.float(), step.anchors, step.tokens, step.lengths)
         # Head by head and a few blocks at a time, backwards at once: the logits of all blocks are never there together.
-        hidden = blocks.hidden.detach().requires_grad_()
+        leaves = [part.detach().requires_grad_() for part in torch.split(blocks.hidden, _BLOCKS_AT_ONCE)]
         sums = np.zeros(5)
-        for start in range(0, len(hidden), _BLOCKS_AT_ONCE):
-            part = slice(start, start + _BLOCKS_AT_ONCE)
+        for index, hidden in enumerate(leaves):
+            part = slice(index * _BLOCKS_AT_ONCE, (index + 1) * _BLOCKS_AT_ONCE)
             with self._autocast():
-                output = self.drafter.score(hidden[part], blocks.previous[part])
+                output = self.drafter.score(hidden, blocks.previous[part])
             losses = block_losses(output.draft_logits, output.confidence_logits, step.targets.part(part), self._losses)
             (losses.total / weight).backward()  # type: ignore[no-untyped-call]
             parts = (losses.total.detach(), losses.ce, losses.l1, losses.confidence, losses.matched)
             sums += [float(each) for each in parts]
-        assert hidden.grad is not None
-        blocks.hidden.backward(hidden.grad)  # type: ignore[no-untyped-call]
+        gradients = [hidden.grad for hidden in leaves if hidden.grad is not None]
+        blocks.hidden.backward(torch.cat(gradients))  # type: ignore[no-untyped-call]
         return tuple((sums / weight).tolist())
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -5,7 +5,8 @@
 #
 # OUT: folder of the run. Started again, it goes on where it was; HOURS count from the very beginning. The learning rate
 # falls over the last fifth of HOURS (DECAY): a run that is to be made longer is stopped with a signal before that.
-# INIT_FROM: a drafter to train further, such as export/pretrained/smollm2-135m.
+# INIT_FROM: a drafter to train further, such as export/pretrained/smollm2-135m; with another SEED than it was trained
+# with, so that it reads other text.
 set -euo pipefail
 
 verifier=$1 out=$2 hours=$3
@@ -13,8 +14,8 @@ here=$(dirname "$(readlink -f "$0")")
 mkdir -p "$out"
 
 text=(
-    --openings "$here/openings.txt" --threads "${THREADS:-1}" --shard-size 256 --held-out 96
-    --answer-tokens 176 --prompt-tokens 120 --prompt-temperature 0.8
+    --openings "$here/openings.txt" --threads "${THREADS:-1}" --shard-size 384 --held-out 96
+    --slots 128 --answers-per-prompt 3 --seed "${SEED:-0}" --answer-tokens 176 --prompt-tokens 120 --prompt-temperature 0.8
 )
 dspark-export corpus --verifier "$verifier" --out "$out/corpus" "${text[@]}" >> "$out/corpus.log" 2>&1 &
 writer=$!
