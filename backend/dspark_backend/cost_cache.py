@@ -84,6 +84,20 @@ def fingerprint(
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def read_cost_file(path: Path) -> tuple[str, CostModel]:
+    """A file of the cache: the fingerprint of what was measured, and the cost model.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not UTF-8 or not JSON.
+        ArtifactError: it holds something else.
+    """
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(raw, dict) or raw.keys() != {"fingerprint", "model"}:
+        raise ArtifactError("expected an object with fingerprint and model")
+    return str(raw["fingerprint"]), CostModel.from_json(json.dumps(raw["model"]))
+
+
 @dataclass(frozen=True)
 class CostCache:
     """The place of one cost model on disk. Nothing here fails a load: what cannot be read is measured again."""
@@ -102,18 +116,16 @@ class CostCache:
         if self.path is None:
             return None
         try:
-            raw = json.loads(self.path.read_text(encoding="utf-8"))
-            if not isinstance(raw, dict) or raw.keys() != {"fingerprint", "model"}:
-                raise ArtifactError("expected an object with fingerprint and model")
-            if raw["fingerprint"] != self.fingerprint:
-                logger.warning("%s: measured for another model or machine; measuring again", self.path)
-                return None
-            return CostModel.from_json(json.dumps(raw["model"]))
+            found, model = read_cost_file(self.path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, ArtifactError) as error:  # JSON and UTF-8 errors are ValueErrors
             logger.warning("%s: cannot be read, measuring again: %s", self.path, error)
             return None
+        if found != self.fingerprint:
+            logger.warning("%s: measured for another model or machine; measuring again", self.path)
+            return None
+        return model
 
     def store(self, model: CostModel) -> None:
         """Write the model, all of it or nothing.

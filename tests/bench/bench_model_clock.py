@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -31,6 +30,7 @@ from speed.prompts import BenchPrompt, choose
 import dspark_backend.engine
 import dspark_backend.speculation
 from dspark_backend.cost import CostModel
+from dspark_backend.cost_cache import read_cost_file
 from dspark_backend.request import GenerationRequest
 from dspark_backend.stages.batch import StepBatch, StepOutput
 from dspark_backend.stages.draft_batch import DraftBatch, DraftOutput
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of an answer, in the mean")
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args()
-    model = CostModel.from_json(json.dumps(json.loads(given.cost.read_text(encoding="utf-8"))["model"]))
+    _, model = read_cost_file(given.cost)
     prompts = choose(given.prompts, 64, seed=0)
     rates = Table(title="tokens/s of all streams on the model's clock; tokens a step; drafts a step")
     ratios = Table(title="over the best of the other policies")
