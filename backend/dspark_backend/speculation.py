@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dspark_backend.calibration import Calibration, OnlineCalibration
+from dspark_backend.calibration import Calibration
 from dspark_backend.cost import CostModel, FloatArray
 from dspark_backend.cost_cache import CostCache
 from dspark_backend.draft import Draft
 from dspark_backend.draft_state import Survival, extended
 from dspark_backend.drafting_choice import Chosen, DraftingChoice
 from dspark_backend.metrics import EngineMetrics
+from dspark_backend.online_calibration import OnlineCalibration
 from dspark_backend.rng import Purpose
 from dspark_backend.round_cost import RoundCost
 from dspark_backend.round_plan import Block, Round

@@ -10,16 +10,9 @@ from typing import Literal
 import numpy as np
 from rich.table import Table
 
-from dspark_backend.calibration import (
-    BINS,
-    Calibration,
-    ReliabilityRow,
-    Scaling,
-    auc,
-    expected_calibration_error,
-    fit,
-    reliability,
-)
+from dspark_backend.calibration import Calibration, Scaling
+from dspark_backend.calibration_fit import fit
+from dspark_backend.reliability import BINS, ReliabilityRow, auc, expected_calibration_error, reliability
 from dspark_export.rounds import RoundTable
 
 Regime = Literal["greedy", "sampled"]
