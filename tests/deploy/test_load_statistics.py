@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,6 +53,13 @@ class TestInterval:
         tops, bottoms = [1.0, 20.0, 300.0], [2.0, 40.0, 600.0]
         assert interval.resampled_quotient(tops, bottoms) == pytest.approx(np.full(interval.RESAMPLES, 0.5))
 
+    def test_parts_are_drawn_before_their_values(self):
+        """What slows the machine for a part slows all its answers: 40 of them are no 40 observations."""
+        values = [1.0] * 20 + [2.0] * 20
+        found = interval.estimate(values, interval.mean, (20, 20))
+        assert (found.low, found.value, found.high) == (1.0, 1.5, 2.0)
+        assert interval.estimate(values, interval.mean).high < 1.7
+
     def test_nothing_has_no_estimate(self):
         with pytest.raises(ValueError, match="at least one"):
             interval.estimate([], interval.mean)
@@ -68,6 +76,37 @@ class TestThroughput:
         found = measured([segment("off", 4, [0.01] * 6)]).estimate
         assert found.low == pytest.approx(found.value) == pytest.approx(found.high)
 
+    def test_covers_machines_that_change_from_part_to_part(self):
+        random, hits, runs = np.random.default_rng(1), 0, 50
+        for _ in range(runs):
+            paces = random.normal(1.0, 0.15, 6)
+            mine = [paced(part, pace, random.lognormal(0.0, 0.3, 24)) for part, pace in enumerate(paces)]
+            found = measured(mine).estimate
+            hits += found.low <= 4 * TOKENS / (0.1 + 0.01 * (TOKENS - 1)) <= found.high
+        assert hits / runs >= 0.8
+
+    def test_what_slows_a_part_alike_is_no_doubt_about_a_ratio(self):
+        """The policies of a part are measured within a minute or two."""
+        equal = np.ones(24)
+        off, causal = ([paced(part, slow * pace, equal) for part, pace in enumerate((1, 2, 4))] for slow in (2, 1))
+        found = measured(causal, 1).over(measured(off, 2))
+        assert (found.low, found.value, found.high) == pytest.approx((2.0, 2.0, 2.0))
+        assert measured(off).estimate.low < 0.7 * measured(off).value
+
+    def test_the_same_arrivals_again_narrow_nothing(self):
+        """perf_analyzer draws the arrivals of an open loop alike for every part."""
+        burst = [0, 40, 10, 0, 90, 20, 0, 60]
+        mine = [replace(segment("off", 2, [0.01], part, "open"), slices=burst) for part in range(9)]
+        once, often = (measured(mine[:parts]).estimate for parts in (1, 9))
+        assert (often.low, often.value, often.high) == pytest.approx((once.low, once.value, once.high))
+
+
+def paced(part: int, pace: float, spread: np.ndarray) -> Segment:
+    """Four streams on a machine that takes ``pace`` times as long; answers' ITLs are spread about their mean."""
+    answers = [answer(ttft=0.1 * pace, itl=0.01 * pace * own) for own in spread / np.mean(spread)]
+    end = 10 * 0.3 * pace
+    return Segment(Cell("off", Load("closed", 4.0)), part, answers, end, [round(4 * TOKENS * 10 / 8)] * 8)
+
 
 class TestRows:
     def test_one_cell(self):
@@ -80,6 +119,27 @@ class TestRows:
         assert row.accepted_length == pytest.approx(2.0)
         assert row.budget.value == pytest.approx(3.0)
         assert row.goodput == pytest.approx(row.met * row.aggregate.value / TOKENS)
+
+    def test_the_budget_is_that_of_a_round(self):
+        """Answers of many rounds count as much more than those of few: so does the accepted length beside it."""
+        few, many = answer(rounds=2, verified=10), answer(rounds=20, verified=0)
+        (row,) = rows([replace(segment("causal", 1, [0.01]), answers=[few, many])], LIMITS)
+        assert row.budget.value == pytest.approx(1 + 10 / 22)
+        assert row.accepted_length == pytest.approx(40 / 22)
+
+    def test_the_ninth_of_ten_is_the_90th_percentile(self):
+        answers = [answer(ttft=second / 10) for second in range(1, 11)]
+        (row,) = rows([replace(segment("off", 1, [0.01]), answers=answers)], LIMITS)
+        assert 900 <= row.ttft_p90_ms < 1000
+
+    def test_goodput_of_an_open_loop_is_of_its_arrivals(self):
+        """One answer that takes long costs itself; it does not stretch the time in which the others came."""
+        arrived = [answer(sent=0.5 * index) for index in range(9)]
+        late = answer(sent=4.5, itl=1.0)
+        mine = replace(segment("off", 2, [0.01], mode="open"), answers=[*arrived, late], end=late.last)
+        (row,) = rows([mine], LIMITS)
+        assert row.requests == pytest.approx(2.0)
+        assert row.goodput == pytest.approx(0.9 * 2.0)
 
     def test_limits_are_inclusive(self):
         assert answer(ttft=0.5, itl=0.04).meets(0.5, 0.05)
@@ -111,7 +171,7 @@ class TestComparison:
         assert frontier(points) == [(10.0, 10.0), (20.0, 8.0), (30.0, 3.0)]
 
     def test_between_points_by_straight_lines(self):
-        assert at([(10.0, 10.0), (20.0, 8.0)], 15.0) == pytest.approx(9.0)
+        assert at([(10.0, 10.0), (20.0, 8.0)], [15.0, 20.0]) == pytest.approx([9.0, 8.0])
 
     def test_matched_throughput(self):
         segments = []
@@ -119,18 +179,30 @@ class TestComparison:
             segments.append(segment("off", streams, [0.005 + 0.005 * streams] * 4))
             segments.append(segment("causal", streams, [0.0025 + 0.0025 * streams] * 4))
         lines = rows(segments, LIMITS)
-        (found,) = matched(lines)
+        (found,) = matched(segments)
         assert (found.policy, found.base) == ("causal", "off")
         ours, theirs = ({r.aggregate.value for r in lines if r.cell.policy == p} for p in ("causal", "off"))
         assert found.levels[0] == pytest.approx(max(min(ours), min(theirs)))
         assert found.levels[-1] == pytest.approx(min(max(ours), max(theirs)))
         assert len(found.ratios) == LEVELS
         assert all(ratio > 1.3 for ratio in found.ratios)
+        assert found.gain is not None and found.gain.value == pytest.approx(np.median(found.ratios))
+        assert found.gain.low == pytest.approx(found.gain.high), "equal answers leave no doubt"
+
+    def test_the_gain_of_users_is_as_sure_as_its_points(self):
+        segments = []
+        for streams in (1, 2, 4):
+            segments.append(segment("off", streams, [0.02 * streams**0.5] * 4))
+            segments.append(segment("causal", streams, [0.006 * streams**0.5, 0.014 * streams**0.5] * 8))
+        (found,) = matched(segments)
+        assert found.gain is not None and found.gain.low < found.gain.value - 0.1
+        assert found.gain.high > found.gain.value + 0.1
+        value, low, high = (100 * (x - 1) for x in (found.gain.value, found.gain.low, found.gain.high))
+        assert f"{value:+.0f}% [{low:+.0f}%, {high:+.0f}%]" in report.gains([found])
 
     def test_no_common_throughput(self):
-        lines = rows([segment("off", 1, [0.5] * 4), segment("causal", 64, [0.01] * 4)], LIMITS)
-        (found,) = matched(lines)
-        assert found.ratios == ()
+        (found,) = matched([segment("off", 1, [0.5] * 4), segment("causal", 64, [0.01] * 4)])
+        assert found.ratios == () and found.gain is None
         assert "no throughput that both reach" in report.gains([found])
 
 

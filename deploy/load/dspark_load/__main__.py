@@ -103,7 +103,7 @@ class Campaign:
         if not segments:
             raise LoadError("nothing was measured: allow more --minutes")
         lines, against = rows(segments, given.limits), against_best(segments)
-        match = matched(lines)
+        match = matched(segments)
         labels = report.Labels(
             served=given.served or ("the model at --url" if given.url else given.verifier.name),
             machine=machine.describe(),

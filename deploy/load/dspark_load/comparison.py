@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dspark_load import interval
 from dspark_load.cell import Load
-from dspark_load.interval import Estimate
-from dspark_load.row import Row, by_cell
+from dspark_load.interval import Estimate, Floats
+from dspark_load.row import by_cell
 from dspark_load.segment import Segment
 from dspark_load.throughput import measured
 
@@ -59,6 +62,8 @@ class Matched:
     levels: tuple[float, ...]
     """Aggregate tokens/s, evenly over the stretch that both curves cover; none where they have none in common."""
     ratios: tuple[float, ...]
+    gain: Estimate | None
+    """Median of the ratios; resamples in which the curves have nothing in common are left out of its interval."""
 
 
 Point = tuple[float, float]
@@ -74,27 +79,63 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return kept[::-1]
 
 
-def curve(rows: Sequence[Row], policy: str) -> list[Point]:
-    """The frontier of a policy's closed loops."""
-    mine = [row for row in rows if row.cell.policy == policy and row.cell.load.mode == "closed"]
-    return frontier([(row.aggregate.value, row.per_user.value) for row in mine])
+def at(points: Sequence[Point], levels: Sequence[float]) -> list[float]:
+    """Speeds of a user at these throughputs, between the curve's points by straight lines."""
+    speeds: list[float] = np.interp(levels, [point[0] for point in points], [point[1] for point in points]).tolist()
+    return speeds
 
 
-def at(points: Sequence[Point], level: float) -> float:
-    """Speed of a user at this throughput, between the curve's points by straight lines."""
-    return float(np.interp(level, [point[0] for point in points], [point[1] for point in points]))
+def along(ours: Sequence[Point], theirs: Sequence[Point]) -> tuple[list[float], list[float]]:
+    """Levels of throughput that the frontiers of both reach, and how much faster a user of ours is at each."""
+    ours, theirs = frontier(ours), frontier(theirs)
+    low, high = max(ours[0][0], theirs[0][0]), min(ours[-1][0], theirs[-1][0])
+    if low > high:
+        return [], []
+    levels: list[float] = np.linspace(low, high, LEVELS).tolist()
+    pairs = zip(at(ours, levels), at(theirs, levels), strict=True)
+    return levels, [mine / base for mine, base in pairs]
 
 
-def matched(rows: Sequence[Row]) -> list[Matched]:
+@dataclass(frozen=True)
+class Curve:
+    """The closed loops of a policy."""
+
+    points: list[Point]
+    samples: list[list[Point]]
+    """Bootstrap draws of them."""
+
+
+def curves(segments: Sequence[Segment]) -> dict[str, Curve]:
+    """Of every policy. Throughput and speed of a point are of the same drawn answers."""
+    grouped = by_cell([segment for segment in segments if segment.cell.load.mode == "closed"])
+    found: dict[str, list[tuple[Point, Floats]]] = defaultdict(list)
+    for seed, (cell, mine) in enumerate(grouped.items()):
+        counted = [segment.counted for segment in mine]
+        speeds = [answer.per_second for part in counted for answer in part]
+        total = measured(mine, seed)
+        users = interval.resampled(speeds, interval.median, seed, [len(part) for part in counted])
+        point = (total.value, float(np.median(speeds)))
+        found[cell.policy].append((point, np.stack([total.samples, users], axis=1)))
+    return {
+        policy: Curve(
+            [point for point, _ in mine],
+            [[(float(x), float(y)) for x, y in draw] for draw in np.stack([drawn for _, drawn in mine], axis=1)],
+        )
+        for policy, mine in found.items()
+    }
+
+
+def matched(segments: Sequence[Segment]) -> list[Matched]:
     """Every scheduler against every base that was measured."""
-    found = []
+    known, found = curves(segments), []
     for policy in OURS:
         for base in BASES:
-            ours, theirs = curve(rows, policy), curve(rows, base)
-            if not ours or not theirs:
+            if policy not in known or base not in known:
                 continue
-            low, high = max(ours[0][0], theirs[0][0]), min(ours[-1][0], theirs[-1][0])
-            levels = tuple(float(level) for level in np.linspace(low, high, LEVELS)) if low <= high else ()
-            ratios = tuple(at(ours, level) / at(theirs, level) for level in levels)
-            found.append(Matched(policy, base, levels, ratios))
+            ours, theirs = known[policy], known[base]
+            levels, ratios = along(ours.points, theirs.points)
+            drawn = [along(*pair)[1] for pair in zip(ours.samples, theirs.samples, strict=True)] if ratios else []
+            medians = np.array([statistics.median(one) for one in drawn if one])
+            gain = interval.around(statistics.median(ratios), medians) if medians.size else None
+            found.append(Matched(policy, base, tuple(levels), tuple(ratios), gain))
     return found

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dspark_load.comparison import AgainstBest, Matched
+from dspark_load.interval import Estimate
 from dspark_load.limits import Limits
 from dspark_load.row import Row
 
@@ -38,7 +38,8 @@ def table(headings: Sequence[str], lines: Sequence[Sequence[str]], left: int) ->
 def cells(rows: Sequence[Row], limits: Limits) -> str:
     """One line a policy and load."""
     headings = ["load", "policy", "tokens/s in all", "tokens/s per user", "TTFT, ms", "TTFT p90, ms", "ITL, ms"]
-    headings += ["accepted length", "verify budget", "within SLO", "goodput, requests/s", "answers"]
+    headings += ["accepted length", "verify budget", "requests/s", "within SLO", "goodput, requests/s"]
+    headings += ["answers"]
     lines = [
         [
             str(row.cell.load),
@@ -50,6 +51,7 @@ def cells(rows: Sequence[Row], limits: Limits) -> str:
             row.itl_ms.text(1),
             f"{row.accepted_length:.2f}",
             row.budget.text(2),
+            f"{row.requests:.2f}",
             f"{row.met:.0%}",
             f"{row.goodput:.2f}",
             str(row.answers),
@@ -57,7 +59,8 @@ def cells(rows: Sequence[Row], limits: Limits) -> str:
         for row in rows
     ]
     limit = f"SLO: TTFT at most {1e3 * limits.ttft:g} ms and ITL at most {1e3 * limits.itl:g} ms."
-    return f"{limit} In brackets: 95% bootstrap intervals.\n\n{table(headings, lines, 2)}"
+    spread = "In brackets: 95% bootstrap intervals, over parts and the answers of each."
+    return f"{limit} {spread}\n\n{table(headings, lines, 2)}"
 
 
 def best(found: Sequence[AgainstBest]) -> str:
@@ -79,9 +82,14 @@ def gains(found: Sequence[Matched]) -> str:
             lines.append([one.policy, one.base, "no throughput that both reach", "", ""])
             continue
         each = ", ".join(f"{100 * (ratio - 1):+.0f}%" for ratio in one.ratios)
-        middle = f"{100 * (statistics.median(one.ratios) - 1):+.0f}%"
+        middle = _percent(one.gain) if one.gain else ""
         lines.append([one.policy, one.base, f"{one.levels[0]:.0f} to {one.levels[-1]:.0f}", middle, each])
     return table(headings, lines, 2)
+
+
+def _percent(gain: Estimate) -> str:
+    value, low, high = (f"{100 * (ratio - 1):+.0f}%" for ratio in (gain.value, gain.low, gain.high))
+    return f"{value} [{low}, {high}]"
 
 
 def page(

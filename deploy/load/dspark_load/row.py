@@ -6,8 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dspark_load import interval
-from dspark_load.answer import Answer
 from dspark_load.cell import Cell
 from dspark_load.interval import Estimate
 from dspark_load.limits import Limits
@@ -32,6 +33,8 @@ class Row:
     itl_ms: Estimate
     """Medians over answers."""
     ttft_p90_ms: float
+    requests: float
+    """Requests a second: an open loop's arrivals, a closed loop's answers."""
     met: float
     """Share of answers within the limits."""
     goodput: float
@@ -39,7 +42,7 @@ class Row:
     accepted_length: float
     """Tokens a verification round, the target's own included."""
     budget: Estimate
-    """Tokens that the target ran a round of a request, the anchor included; mean over answers."""
+    """Tokens that the target ran a round of a request, the anchor included."""
     noisy: int
     """Segments during which others used the machine."""
 
@@ -58,31 +61,37 @@ def rows(segments: Sequence[Segment], limits: Limits) -> list[Row]:
 
 
 def _row(cell: Cell, segments: Sequence[Segment], limits: Limits) -> Row:
-    answers = [answer for segment in segments for answer in segment.counted]
+    counted = [segment.counted for segment in segments]
+    sizes = [len(part) for part in counted]
+    answers = [answer for part in counted for answer in part]
     met = sum(answer.meets(limits.ttft, limits.itl) for answer in answers) / len(answers)
-    first = sorted(1e3 * answer.ttft for answer in answers)
+    requests = request_rate(segments)
+    first = [1e3 * answer.ttft for answer in answers]
+    rounds = [max(1, answer.rounds) for answer in answers]
+    run = [own + answer.verified for own, answer in zip(rounds, answers, strict=True)]
     return Row(
         cell,
         len(answers),
-        interval.estimate([answer.per_second for answer in answers], interval.median),
+        interval.estimate([answer.per_second for answer in answers], interval.median, sizes),
         measured(segments).estimate,
-        interval.estimate(first, interval.median),
-        interval.estimate([1e3 * answer.itl for answer in answers], interval.median),
-        first[min(len(first) - 1, int(0.9 * len(first)))],
+        interval.estimate(first, interval.median, sizes),
+        interval.estimate([1e3 * answer.itl for answer in answers], interval.median, sizes),
+        float(np.quantile(first, 0.9)),
+        requests,
         met,
-        met * request_rate(segments),
-        sum(answer.tokens - 1 for answer in answers) / max(1, sum(answer.rounds for answer in answers)),
-        interval.estimate([_budget(answer) for answer in answers], interval.mean),
+        met * requests,
+        sum(answer.tokens - 1 for answer in answers) / sum(rounds),
+        interval.quotient(run, rounds, sizes),
         sum(segment.foreign_cores > NOISE for segment in segments),
     )
 
 
 def request_rate(segments: Sequence[Segment]) -> float:
-    """Requests a second: the tokens of the windows over the tokens of an answer."""
+    """Requests a second. Of an open loop: its arrivals, for the time until the last answer ended is the server's, not
+    the users'. Of a closed one: the tokens of the windows over the tokens of an answer."""
+    if segments[0].cell.load.mode == "open":
+        sent = [sorted(answer.sent for answer in segment.answers) for segment in segments]
+        return sum(len(times) - 1 for times in sent) / sum(times[-1] - times[0] for times in sent)
     per_answer = [answer.tokens for segment in segments for answer in segment.answers]
     tokens = sum(sum(segment.slices) for segment in segments)
     return tokens / sum(segment.seconds for segment in segments) / (sum(per_answer) / len(per_answer))
-
-
-def _budget(answer: Answer) -> float:
-    return 1.0 + answer.verified / max(1, answer.rounds)

@@ -23,7 +23,7 @@ class Throughput:
         return interval.around(self.value, self.samples)
 
     def over(self, other: Throughput) -> Estimate:
-        """The quotient of two, measured independently."""
+        """The quotient of two. Where both were measured in as many parts, part by part."""
         return interval.around(self.value / other.value, self.samples / other.samples)
 
 
@@ -31,14 +31,19 @@ def measured(segments: Sequence[Segment], seed: int = 0) -> Throughput:
     """Tokens that arrived in the windows over their length.
 
     A closed loop with N streams makes N * tokens / latency (Little's law), so its uncertainty is that of the answers'
-    tokens over latencies, resampled. In an open loop arrivals decide: slices of the windows are resampled.
+    tokens over latencies, resampled. In an open loop arrivals decide, which perf_analyzer draws alike for every part:
+    slices are resampled, those of one place together, for a second part of the same arrivals says nothing new of them.
     """
-    value = sum(sum(segment.slices) for segment in segments) / sum(segment.seconds for segment in segments)
+    seconds = sum(segment.seconds for segment in segments)
+    value = sum(sum(segment.slices) for segment in segments) / seconds
     if segments[0].cell.load.mode == "open":
-        rates = [count * len(segment.slices) / segment.seconds for segment in segments for count in segment.slices]
+        places = zip(*(segment.slices for segment in segments), strict=True)
+        rates = [sum(counts) * len(segments[0].slices) / seconds for counts in places]
         return Throughput(value, interval.resampled(rates, interval.mean, seed))
-    answers = [answer for segment in segments for answer in segment.counted]
+    counted = [segment.counted for segment in segments]
+    answers = [answer for part in counted for answer in part]
     tokens = [float(answer.tokens) for answer in answers]
     latencies = [answer.last - answer.sent for answer in answers]
-    relative = interval.resampled_quotient(tokens, latencies, seed) * (sum(latencies) / sum(tokens))
+    sizes = [len(part) for part in counted]
+    relative = interval.resampled_quotient(tokens, latencies, seed, sizes) * (sum(latencies) / sum(tokens))
     return Throughput(value, value * relative)
