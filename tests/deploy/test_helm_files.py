@@ -129,6 +129,18 @@ def test_a_failed_export_keeps_the_old_one(tmp_path: Path) -> None:
     assert not exported(tmp_path, "verifier", [])
 
 
+def test_replicas_that_start_together_export_once(tmp_path: Path) -> None:
+    """The second would remove what the first has begun to serve."""
+    exporter = tmp_path / "dspark-export"
+    exporter.write_text(EXPORTER.replace("echo exporting", "echo exporting; sleep 0.3"))
+    exporter.chmod(0o755)
+    command = ["/bin/sh", CHART / "files" / "export_stage.sh", tmp_path / "verifier" / "1", exporter, "verifier"]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = sorted(process.communicate(timeout=20)[0].split()[0] for process in started)
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert said[-1] == "exporting" and all("verifier/1:" in word for word in said[:2]), said
+
+
 def test_the_load_job_runs_the_load_tool_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(CHECKOUT / "deploy" / "load"))
     from dspark_load import options, prompts

@@ -18,6 +18,12 @@ describe() {
     cksum <"$folder/stage.json"
 }
 
+# Replicas that start together share the folder: one exports, the others wait and find it done. Some network file systems
+# have no locks; there each exports, as before.
+mkdir -p "$(dirname "$folder")"
+exec 9>"$(dirname "$folder")/export.lock"
+flock 9 || echo "$folder: exporting without a lock" >&2
+
 if [ -f "$folder/stage.json" ] && [ -f "$mark" ] && [ "$(describe "$@")" = "$(cat "$mark")" ]; then
     echo "$folder: exported already, with the same arguments"
     exit 0
