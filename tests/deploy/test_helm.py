@@ -38,6 +38,20 @@ WRONG = [
     ('probes={"liveness":{"timeoutSeconds":2}}', "probes.liveness.timeoutSeconds: expected at least 5"),
     ('autoscaling={"enabled":true,"minReplicas":9}', "expected minReplicas at most maxReplicas, got 9 and 8"),
     ('autoscaling={"enabled":true,"waitingRequests":0,"verifyBudgetPressurePercent":0}', "got neither"),
+    ('service={"ports":{"http":9000,"grpc":9000}}', "service.ports: expected three different ports, got 9000, 9000"),
+    ('gateway={"enabled":true,"ports":{"grpc":9902}}', "expected two different ports other than Envoy's own"),
+    ('service={"type":"LoadBalancer"}', "expected networkPolicy.clients to name who calls from outside"),
+    ('modelRepository={"source":"export","export":{"verifierModel":"m"}}', "expected export.drafterCheckpoint to name"),
+    ('ingress={"host":"*"}', "/ingress/host': '*' does not match pattern"),
+    ('load={"enabled":true,"image":""}', "/load/image': minLength: got 0, want 1"),
+    ('gateway={"enabled":true,"image":""}', "/gateway/image': minLength: got 0, want 1"),
+    ('engine={"max_context":1}', "/engine/max_context': minimum: got 1, want 2"),
+    ('fullnameOverride="UPPER_case"', "/fullnameOverride': 'UPPER_case' does not match pattern"),
+    ('nameOverride="My Name"', "/nameOverride': 'My Name' does not match pattern"),
+    ('podLabels={"app.kubernetes.io/component":"x"}', "labels beside the chart's own, got app.kubernetes.io/comp"),
+    ('podDisruptionBudget={"maxUnavailable":2000}', "/maxUnavailable': maximum: got 2,000, want 1,000"),
+    ('updateStrategy={"type":"OnDelete"}', "/updateStrategy/type': value must be one of 'RollingUpdate', 'Recreate'"),
+    ('keda={"enabled":true,"cooldownSeconds":7200}', "/keda/cooldownSeconds': maximum: got 7,200, want 3,600"),
 ]  # fmt: skip
 
 
@@ -96,6 +110,20 @@ def test_wrong_values_are_refused(value: str, message: str) -> None:
 
 def test_two_autoscalers_are_refused() -> None:
     assert "they would fight over the replicas" in refusal('autoscaling={"enabled":true}', 'keda={"enabled":true}')
+
+
+def test_what_a_server_without_a_drafter_would_refuse_is_refused() -> None:
+    bare = 'modelRepository={"drafter":false}'
+    assert "engine.policy: expected off with" in refusal(bare, 'engine={"policy":"causal"}')
+    assert "load.policies: expected [off] with" in refusal(bare, 'load={"enabled":true}')
+    assert render(bare, 'load={"enabled":true,"policies":["off"]}', 'engine={"policy":"off"}')
+
+
+@pytest.mark.parametrize("release", ["my.release", "1st"])
+def test_a_release_whose_name_no_service_can_have_is_told(release: str) -> None:
+    result = helm("template", release, CHART)
+    assert result.returncode != 0 and "fullnameOverride: expected the name of a service" in result.stderr
+    assert helm("template", release, CHART, "--set", "fullnameOverride=dspark").returncode == 0
 
 
 def test_the_gateway_needs_the_headless_service() -> None:

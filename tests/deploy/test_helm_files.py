@@ -157,6 +157,13 @@ def test_the_load_job_runs_the_load_tool_of_the_image(monkeypatch: pytest.Monkey
     assert prompts.read(given.prompts, 0)
     written = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
     assert str(given.out.parent) in written and str(given.cache.parent) in written
+    # It begins when a replica answers: the Job is made together with them, and its tool gives up at once.
+    wait = named(spec["initContainers"], "wait")
+    assert wait["command"] == ["dspark-serve", "health"] and f"--url={given.url}" in wait["args"]
+    deployment = render(CPU).find("Deployment")["spec"]
+    probe = deployment["template"]["spec"]["containers"][0]["startupProbe"]
+    (patience,) = [int(word.partition("=")[2]) for word in wait["args"] if word.startswith("--wait=")]
+    assert patience > probe["periodSeconds"] * probe["failureThreshold"]
     # What the images hold there is copied to where Python looks.
     copy = named(spec["initContainers"], "load-tool")
     source = copy["command"][-2].removesuffix("/.")
@@ -166,6 +173,10 @@ def test_the_load_job_runs_the_load_tool_of_the_image(monkeypatch: pytest.Monkey
         s for s in stages if f"COPY deploy/load {source}\n" in s
     ]
     assert {"name": "PYTHONPATH", "value": copy["command"][-1]} in container["env"]
+    kept = render(CPU, 'load={"enabled":true,"resultsClaim":"r"}').find("Job", "-load-1")["spec"]["template"]["spec"]
+    (mount,) = [m for m in kept["containers"][0]["volumeMounts"] if m["name"] == "results"]
+    assert named(kept["volumes"], "results") == {"name": "results", "persistentVolumeClaim": {"claimName": "r"}}
+    assert options.parse(kept["containers"][0]["args"]).out == Path(mount["mountPath"]) / "try-dspark-load-1"
     assert options.parse(render(CPU, LOAD).find("Job", "-load-1")["spec"]["template"]["spec"]["containers"][0]["args"])
 
 

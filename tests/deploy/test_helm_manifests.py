@@ -94,6 +94,13 @@ def test_commands_are_console_scripts() -> None:
         check_command([*server["command"][2:], *server["args"]])
         for name in ("startupProbe", "readinessProbe", "livenessProbe"):
             check_command(server[name]["exec"]["command"])
+        wait = named(
+            render(*values, 'load={"enabled":true}').find("Job", "-load-1")["spec"]["template"]["spec"][
+                "initContainers"
+            ],
+            "wait",
+        )
+        check_command([*wait["command"], *wait["args"]])
         (test,) = [d for d in rendered.documents if d["kind"] == "Pod"]
         check_command([*test["spec"]["containers"][0]["command"], *test["spec"]["containers"][0]["args"]])
     for container in pod(EXPORT)["initContainers"][:2]:
@@ -235,6 +242,32 @@ def test_large_numbers_stay_integers() -> None:
         "max_slots": "16",
         "max_queue_size": "256",
     }
+
+
+def test_large_numbers_of_the_load_job_and_the_test_stay_integers() -> None:
+    rendered = render(
+        'load={"enabled":true,"activeDeadlineSeconds":2592000,"maxTokens":1000000}', 'tests={"maxTokens":2e6}'
+    )
+    job = rendered.find("Job", "-load-1")["spec"]
+    assert job["activeDeadlineSeconds"] == 2_592_000 and isinstance(job["activeDeadlineSeconds"], int)
+    assert option(job["template"]["spec"]["containers"][0], "tokens") == "1000000"
+    assert option(rendered.find("Pod", "-test")["spec"]["containers"][0], "max-tokens") == "2000000"
+
+
+def test_another_strategy_takes_no_part_of_the_default_one() -> None:
+    """Helm merges maps, and Kubernetes forbids rollingUpdate beside Recreate."""
+    assert render().find("Deployment")["spec"]["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
+    assert render('updateStrategy={"type":"Recreate"}').find("Deployment")["spec"]["strategy"] == {"type": "Recreate"}
+
+
+def test_the_cache_holds_what_the_provider_keeps_there() -> None:
+    """A pod whose emptyDir outgrows its limit is evicted, and the next one compiles its engines again."""
+    for values, limit in (
+        ((), "2Gi"),
+        (('engine={"provider":"tensorrt"}',), "64Gi"),
+        (('engine={"provider":"tensorrt"}', 'server={"cacheSizeLimit":"9Gi"}'), "9Gi"),
+    ):
+        assert named(pod(*values)["volumes"], "cache")["emptyDir"]["sizeLimit"] == limit
 
 
 def test_artifacts_come_from_where_the_values_say() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+import pytest
 import yaml
 from helm_tools import CHART, Document, named, render
 from helm_values import CONTROLLER, GATEWAY
@@ -58,6 +59,18 @@ def test_the_ingress_example_lets_the_controller_in() -> None:
     rendered = render(CHART / "examples" / "values-ingress.yaml")
     spaces = [peer.get("namespaceSelector") for peer in callers(rendered.find("NetworkPolicy", "-gateway"))]
     assert {"matchLabels": {"kubernetes.io/metadata.name": "ingress-nginx"}} in spaces
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "ports"),
+    [("", {443}), ("http://minio:9000", {443, 9000}), ("http://minio", {443, 80}), ("https://s3.example.com/x", {443})],
+)
+def test_a_store_is_reached_at_its_own_port(endpoint: str, ports: set[int]) -> None:
+    """The init container that fetches from it is under the server's policy."""
+    s3 = json.dumps({"url": "s3://bucket/models", "endpoint": endpoint})
+    policy = render(f'modelRepository={{"source":"s3","s3":{s3}}}').find("NetworkPolicy")["spec"]
+    opened = {port["port"] for rule in policy["egress"] if "to" not in rule for port in rule["ports"]}
+    assert opened - {53} == ports
 
 
 def test_the_gateway_retries_only_what_envoy_sees() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from helm_tools import Document, render
+from helm_tools import CHART, Document, helm, refusal, render
 from helm_values import GATEWAY
 
 MONITORED = 'monitoring={"podMonitor":{"enabled":true},"prometheusRule":{"enabled":true}}'
@@ -58,6 +60,36 @@ def test_autoscalers_scale_the_server(kind: str, values: str) -> None:
     assert target["name"] == rendered.find("Deployment")["metadata"]["name"]
     assert target.get("kind", "Deployment") == "Deployment"
     assert "replicas" not in rendered.find("Deployment")["spec"]
+
+
+def test_keda_holds_replicas_as_long_as_it_is_told() -> None:
+    """Its own cooldownPeriod is for the way to 0 replicas alone, which the chart does not go."""
+    spec = render('keda={"enabled":true,"cooldownSeconds":700}').find("ScaledObject")["spec"]
+    behavior = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behavior["scaleDown"]["stabilizationWindowSeconds"] == 700
+    assert spec["minReplicaCount"] >= 1 and "cooldownPeriod" not in spec
+
+
+@pytest.mark.parametrize("length", [3, 46])
+def test_queries_find_the_pods_of_long_names(length: int) -> None:
+    """Kubernetes cuts NAME-HASH- to 58 characters before it adds five of its own."""
+    values = (f'fullnameOverride="{"d" * length}"', 'keda={"enabled":true}', MONITORED)
+    pod = f"{'d' * length}-{'7c9d5b8f6f'}-"[:58] + "x2v4z"
+    texts = [json.dumps(d) for d in render(*values).documents if d["kind"] in ("ScaledObject", "PrometheusRule")]
+    patterns = {pattern for text in texts for pattern in re.findall(r'pod=~\\+"(.*?)\\+"', text)}
+    assert len(texts) == 2 and len(patterns) == 1
+    assert re.fullmatch(patterns.pop(), pod)
+    assert "maxLength: got 47, want 46" in refusal(f'fullnameOverride="{"d" * 47}"')
+    longest = helm("template", "r" * 50, CHART).stdout
+    assert f"name: {'r' * 46}\n" in longest and "r" * 47 + "\n" not in longest.replace("instance: " + "r" * 50, "")
+
+
+@pytest.mark.parametrize("headless", ["true", "false"])
+def test_the_notes_name_services_that_there_are(headless: str) -> None:
+    values = ("--set", f"replicaCount=2,service.headless={headless}")
+    said = helm("install", "try", CHART, "--dry-run=client", *values).stdout.partition("NOTES:")[2]
+    assert "rollout status deployment/try-dspark\n" in said
+    assert ("try-dspark-headless" in said) is (headless == "true")
 
 
 def test_load_scaling_and_what_needs_operators_is_off_by_default() -> None:

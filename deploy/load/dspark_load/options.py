@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="*", default=[2.0, 4.0], help="requests/s of the open loop")
     parser.add_argument("--open-seconds", type=float, default=8.0, help="length of an open loop; default 8")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer, in the mean")
-    parser.add_argument("--parts", type=int, default=2, help="times that everything is measured, on other prompts")
+    parser.add_argument("--parts", type=int, default=2, help="times that everything is measured")
     parser.add_argument("--minutes", type=float, help="begin no load that would end later")
     parser.add_argument("--ttft-limit", type=float, default=1000.0, metavar="MS", help="SLO; default 1000")
     parser.add_argument("--itl-limit", type=float, default=50.0, metavar="MS", help="SLO; default 50")

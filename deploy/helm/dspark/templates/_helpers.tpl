@@ -2,13 +2,14 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
 {{- end -}}
 
+{{/* At most 46 characters: with a longer one the names of pods (NAME-HASH-RANDOM) are cut, and queries do not find them. */}}
 {{- define "dspark.fullname" -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- .Values.fullnameOverride | trunc 46 | trimSuffix "-" -}}
 {{- else if contains (include "dspark.name" .) .Release.Name -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- .Release.Name | trunc 46 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name (include "dspark.name" .) | trunc 50 | trimSuffix "-" -}}
+{{- printf "%s-%s" .Release.Name (include "dspark.name" .) | trunc 46 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 
@@ -43,6 +44,26 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- else -}}
 {{ .Values.serviceAccount.name | default "default" }}
 {{- end -}}
+{{- end -}}
+
+{{/* Seconds that the first start may take, and some more. */}}
+{{- define "dspark.startSeconds" -}}
+{{- add 600 (mul .Values.probes.startup.periodSeconds .Values.probes.startup.failureThreshold) -}}
+{{- end -}}
+
+{{/* Host and port for calls: the gateway's, where there is one. */}}
+{{- define "dspark.front" -}}
+{{- if .Values.gateway.enabled -}}
+{{ include "dspark.fullname" . }}-gateway:{{ .Values.gateway.ports.grpc }}
+{{- else -}}
+{{ include "dspark.fullname" . }}:{{ .Values.service.ports.grpc }}
+{{- end -}}
+{{- end -}}
+
+{{/* Port of the store that artifacts are fetched from. */}}
+{{- define "dspark.s3Port" -}}
+{{- $url := urlParse .Values.modelRepository.s3.endpoint -}}
+{{- regexFind ":[0-9]+$" $url.host | trimPrefix ":" | default (eq $url.scheme "http" | ternary "80" "443") -}}
 {{- end -}}
 
 {{/* Drain, exit timeout, 3 s until dspark-serve ends Triton by force, and 12 s for what takes long in a busy pod. */}}
