@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +92,8 @@ def request_rate(segments: Sequence[Segment]) -> float:
     the users'. Of a closed one: the tokens of the windows over the tokens of an answer."""
     if segments[0].cell.load.mode == "open":
         sent = [sorted(answer.sent for answer in segment.answers) for segment in segments]
-        return sum(len(times) - 1 for times in sent) / sum(times[-1] - times[0] for times in sent)
+        seconds = sum(times[-1] - times[0] for times in sent)
+        return sum(len(times) - 1 for times in sent) / seconds if seconds else math.nan
     per_answer = [answer.tokens for segment in segments for answer in segment.answers]
     tokens = sum(sum(segment.slices) for segment in segments)
     return tokens / sum(segment.seconds for segment in segments) / (sum(per_answer) / len(per_answer))
