@@ -25,6 +25,8 @@ from dspark_export.errors import ExportError
 from dspark_export.rounds import RoundTable
 from dspark_export.training.checkpoint import CHECKPOINT_FILE, check_identity
 from dspark_export.training.curves import HELD_OUT_FILE, PICTURE_FILE, STEPS_FILE, Curve, read_rows
+from dspark_export.training.generate import Stopped
+from dspark_export.training.run import TrainingRun
 from dspark_export.training.shard import load_shard
 
 COMMAND = (sys.executable, "-m", "dspark_export.cli")
@@ -119,9 +121,6 @@ def test_a_signal_ends_a_run_after_its_step(target, tmp_path, number):
 
 
 def test_a_stop_before_the_first_step_keeps_whole_shards(target, tmp_path):
-    from dspark_export.training.generate import Stopped
-    from dspark_export.training.run import TrainingRun
-
     asked = []
 
     def stop():
@@ -133,6 +132,28 @@ def test_a_stop_before_the_first_step_keeps_whole_shards(target, tmp_path):
     assert asked and [path.name for path in tmp_path.iterdir()] == ["corpus"]
     train(target.settings(tmp_path), steps=1, resume=True)
     assert state_of(tmp_path).position.step == 1
+
+
+def test_a_stop_while_text_is_generated_changes_nothing(target, tmp_path):
+    """Between two rounds, where a run that writes its own text spends most of its time."""
+    changes = {"shard_size": 4, "passes": 1}
+    train(target.settings(tmp_path / "straight", **changes), steps=3)
+    said = []
+    run = TrainingRun(
+        target.settings(tmp_path / "stopped", **changes),
+        lambda: any(what.startswith("generate shard 2") for what in said),
+        lambda status: said.append(status.what),
+    )
+    assert not run.run(False).finished
+    assert state_of(tmp_path / "stopped").position.step == 1
+    train(target.settings(tmp_path / "stopped", **changes), steps=3, resume=True)
+    assert learned_differences(state_of(tmp_path / "stopped"), state_of(tmp_path / "straight")) == []
+
+
+def test_no_text_is_generated_behind_the_end(target, tmp_path):
+    assert train(target.settings(tmp_path, shard_size=4, passes=1, tokens=1)).finished
+    shards = sorted(path.name for path in (tmp_path / "corpus").glob("*.npz"))
+    assert shards == ["shard-00000.npz", "shard-00001.npz"]
 
 
 def test_runs_that_cannot_go_on_are_refused(target, straight, tmp_path):

@@ -209,9 +209,7 @@ class TrainingRun:
 
     def _step(self, progress: float) -> None:
         settings = self._settings
-        if not self._position.shards:
-            self._position = self._rounds.next(self._position)
-        position = self._position
+        position = self._in_a_round()
         pairs = self._rounds.pairs(position)
         chosen = [
             self._example(pair) for pair in pairs[position.offset : position.offset + settings.dialogues_per_step]
@@ -237,9 +235,21 @@ class TrainingRun:
         losses = (report.loss, report.ce, report.l1, report.confidence, report.matched)
         self._steps.add(*where, *losses, report.gradient_norm, rate)
         self._position = position
-        if position.offset >= len(pairs):
-            self._position = self._rounds.next(replace(position, round=position.round + 1))
         self._tell("train")
+
+    def _in_a_round(self) -> Position:
+        """The position, with dialogues left: another round begins where one is done, for which text may be made now.
+
+        Raises:
+            Stopped: ``stop`` said so meanwhile; the position stays where it was.
+        """
+        position = self._position
+        if position.shards:
+            if position.offset < len(self._rounds.pairs(position)):
+                return position
+            position = replace(position, round=position.round + 1)
+        self._position = self._rounds.next(position)
+        return self._position
 
     def _example(self, pair: tuple[int, int]) -> Example:
         index, row = pair
