@@ -26,7 +26,7 @@ from dspark_export.rounds import RoundTable
 from dspark_export.training.checkpoint import CHECKPOINT_FILE, check_identity
 from dspark_export.training.curves import HELD_OUT_FILE, PICTURE_FILE, STEPS_FILE, Curve, read_rows
 from dspark_export.training.generate import Stopped
-from dspark_export.training.run import TrainingRun
+from dspark_export.training.run import LOCK_FILE, TrainingRun
 from dspark_export.training.shard import load_shard
 
 COMMAND = (sys.executable, "-m", "dspark_export.cli")
@@ -129,7 +129,7 @@ def test_a_stop_before_the_first_step_keeps_whole_shards(target, tmp_path):
 
     with pytest.raises(Stopped):
         TrainingRun(target.settings(tmp_path), stop, lambda status: None).run(False)
-    assert asked and [path.name for path in tmp_path.iterdir()] == ["corpus"]
+    assert asked and {path.name for path in tmp_path.iterdir()} == {"corpus", LOCK_FILE}
     train(target.settings(tmp_path), steps=1, resume=True)
     assert state_of(tmp_path).position.step == 1
 
@@ -148,6 +148,21 @@ def test_a_stop_while_text_is_generated_changes_nothing(target, tmp_path):
     assert state_of(tmp_path / "stopped").position.step == 1
     train(target.settings(tmp_path / "stopped", **changes), steps=3, resume=True)
     assert learned_differences(state_of(tmp_path / "stopped"), state_of(tmp_path / "straight")) == []
+
+
+def test_one_process_trains_in_a_folder(target, tmp_path):
+    settings, refused = target.settings(tmp_path), []
+
+    def watch(status):
+        if status.what == "save":
+            with pytest.raises(ExportError, match="another process trains in this folder; let it end first"):
+                train(settings, steps=2, resume=True)
+            refused.append(status.position.step)
+
+    train(settings, steps=1, watch=watch)
+    assert refused == [1]
+    train(settings, steps=2, resume=True)
+    assert [row["step"] for row in read_rows(tmp_path / STEPS_FILE)] == ["1", "2"]
 
 
 def test_no_text_is_generated_behind_the_end(target, tmp_path):

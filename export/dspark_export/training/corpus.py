@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from dspark_backend.stages.artifact import VerifierArtifact
-from dspark_export.training.corpus_lock import CorpusLock
 from dspark_export.training.corpus_settings import CorpusSettings
 from dspark_export.training.corpus_source import check_source
 from dspark_export.training.dialogues import DialogueWriter, Progress
 from dspark_export.training.features import TargetPass
+from dspark_export.training.folder_lock import FolderLock
 from dspark_export.training.record import TargetRecord
 from dspark_export.training.record_file import RecordFile, save_records
 from dspark_export.training.shard import Dialogue, load_shard, save_shard
@@ -46,7 +46,7 @@ class Corpus:
         self._target = target
         self._settings = settings
         self._feature_size = len(artifact.target_layer_ids) * artifact.hidden_size
-        self._lock = CorpusLock(directory)
+        self._lock = FolderLock(directory / "writer.lock")
         self._shards: list[list[Dialogue]] = []
         self._records: dict[int, RecordFile] = {}
         self._seen: set[int] = set()

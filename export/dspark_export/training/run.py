@@ -49,6 +49,7 @@ from dspark_export.training.export import (
     spec_of,
     write_checkpoint_folder,
 )
+from dspark_export.training.folder_lock import FolderLock
 from dspark_export.training.generate import Stopped
 from dspark_export.training.heldout import HeldOut, HeldOutReport
 from dspark_export.training.rounds import Rounds
@@ -60,6 +61,7 @@ from dspark_export.training.trainer import StepReport, Trainer, faster_precision
 
 logger = logging.getLogger(__name__)
 
+LOCK_FILE = "train.lock"
 _DEFAULT_HOURS = 1.0
 
 
@@ -104,16 +106,27 @@ class TrainingRun:
         """Train until the budget is used up or ``stop`` says so.
 
         Raises:
-            ExportError: the options do not fit the target, or ``out`` holds a run and ``resume`` is not set.
+            ExportError: the options do not fit the target, ``out`` holds a run and ``resume`` is not set, or another
+                process trains there.
             Stopped: it was asked to stop before the first step; text that was generated is kept.
         """
         settings = self._settings
         artifact = load_verifier_artifact(settings.text.verifier)
-        stored = self._stored_run(resume, artifact)
         settings.out.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(settings.out / LOCK_FILE)
+        # Before the checkpoint is read: one that still ends may be about to write it.
+        if not lock.acquire():
+            raise ExportError(f"--out {settings.out}: another process trains in this folder; let it end first")
+        try:
+            return self._run(artifact, self._stored_run(resume, artifact))
+        finally:
+            lock.release()
+
+    def _run(self, artifact: VerifierArtifact, stored: Checkpoint | None) -> RunReport:
+        text = self._settings.text
         before = torch.get_num_threads()
-        torch.set_num_threads(settings.text.threads or len(os.sched_getaffinity(0)))
-        opened = OpenCorpus.at(settings.corpus_folder, artifact, settings.text)
+        torch.set_num_threads(text.threads or len(os.sched_getaffinity(0)))
+        opened = OpenCorpus.at(self._settings.corpus_folder, artifact, text)
         try:
             self._begin(artifact, stored, opened.corpus)
             return self._loop()

@@ -1,4 +1,4 @@
-"""Who writes a corpus: one process at a time, known by a lock that ends with it."""
+"""Who writes in a folder, a corpus or a run: one process at a time, known by a lock that ends with it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from dspark_export.training.generate import Stopped
 _POLL_SECONDS = 2.0
 
 
-class CorpusLock:
+class FolderLock:
     """An advisory lock on a folder. Released when the process ends, however it ends."""
 
-    def __init__(self, directory: Path) -> None:
-        self._path = directory / "writer.lock"
+    def __init__(self, path: Path) -> None:
+        """``path``: a file of the folder. It stays there and holds the process id of its last owner."""
+        self._path = path
         self._descriptor: int | None = None
 
     def acquire(self) -> bool:
@@ -30,6 +31,8 @@ class CorpusLock:
         except BlockingIOError:
             os.close(descriptor)
             return False
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()}\n".encode())
         self._descriptor = descriptor
         return True
 
