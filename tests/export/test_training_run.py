@@ -176,6 +176,8 @@ def test_runs_that_cannot_go_on_are_refused(target, straight, tmp_path):
         train(target.settings(straight), steps=7)
     with pytest.raises(ExportError, match=r"started with --learning-rate 0\.003, now it is 0\.01"):
         train(target.settings(straight, learning_rate=0.01), steps=7, resume=True)
+    with pytest.raises(ExportError, match="is trained with --precision float32, now it is bfloat16"):
+        train(target.settings(straight, precision="bfloat16"), steps=7, resume=True)
     with pytest.raises(ExportError, match="--verifier"):
         check_identity({"seed": 1, "verifier_hash": "a"}, {"seed": 1}, "b")
     (tmp_path / CHECKPOINT_FILE).write_bytes((straight / CHECKPOINT_FILE).read_bytes()[:1000])
@@ -200,6 +202,8 @@ def tiny_target_with_other_weights(folder):
         ({"tokens": 0}, "--tokens: expected more than 0, got 0"),
         ({"head": "wide"}, "--head"),
         ({"rank": 1}, "--rank"),
+        ({"intermediate_size": 0}, "--intermediate-size: expected at least 1, got 0"),
+        ({"muon_iterations": 100}, "--muon-iterations"),
         ({"dtype": "int8"}, "--dtype"),
         ({"anchors": 0}, "--anchors"),
         ({"learning_rate": 2.0}, "--learning-rate"),

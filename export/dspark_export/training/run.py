@@ -144,6 +144,11 @@ class TrainingRun:
             )
         stored = load_checkpoint(path)
         check_identity(stored.identity, self._settings.identity(), artifact.source_hash)
+        if self._settings.precision not in ("auto", stored.precision):
+            raise ExportError(
+                f"--resume: the run is trained with --precision {stored.precision}, now it is "
+                f"{self._settings.precision}; give the same or auto, or train anew into another --out"
+            )
         return stored
 
     def _begin(self, artifact: VerifierArtifact, stored: Checkpoint | None, corpus: Corpus) -> None:

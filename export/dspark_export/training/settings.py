@@ -86,7 +86,7 @@ class TrainSettings:
     dtype: str = "bfloat16"
     """Storage of the written drafter."""
     precision: Precision = "auto"
-    """Of the products while training; auto measures which is faster here."""
+    """Of the products while training; auto measures which is faster here, once: a resumed run keeps what it has."""
     checkpoint_minutes: float = 5.0
     evaluate_minutes: float = 5.0
 
@@ -99,13 +99,15 @@ class TrainSettings:
         check("block_size", 1 <= self.block_size <= 64, "1 to 64")
         check("draft_vocab", self.draft_vocab is None or self.draft_vocab >= 2, "at least 2")
         check("rank", self.rank >= 2, "at least 2")
+        check("intermediate_size", self.intermediate_size is None or self.intermediate_size >= 1, "at least 1")
+        check("muon_iterations", 1 <= self.muon_iterations < 100, "1 to 99")
         check("target_layer_ids", self.target_layer_ids is None or len(self.target_layer_ids) > 0, "at least one")
         check("learning_rate", 0 < self.learning_rate < 1, "a number between 0 and 1")
         check("ema", 0 <= self.ema < 1, "a number from 0 up to 1")
         check("decay_share", 0 < self.decay_share <= 1, "more than 0, at most 1")
         for option, choices in _CHOICES.items():
             check(option, getattr(self, option) in choices, f"one of {', '.join(choices)}")
-        for option in ("layers", "dialogues_per_step", "anchors", "passes", "first_shards", "muon_iterations"):
+        for option in ("layers", "dialogues_per_step", "anchors", "passes", "first_shards"):
             check(option, getattr(self, option) >= 1, "at least 1")
         for option in ("clip", "position_decay", "muon_rate"):
             check(option, getattr(self, option) > 0, "more than 0")
