@@ -24,7 +24,16 @@ from dspark_export.drafter import DrafterExport, export_drafter
 from dspark_export.errors import ExportError
 from dspark_export.rounds import RoundTable
 from dspark_export.training.checkpoint import CHECKPOINT_FILE, check_identity
-from dspark_export.training.curves import HELD_OUT_FILE, PICTURE_FILE, STEPS_FILE, Curve, read_rows
+from dspark_export.training.curves import (
+    HELD_OUT_FILE,
+    PICTURE_FILE,
+    STEP_COLUMNS,
+    STEPS_FILE,
+    Curve,
+    draw_curves,
+    held_out_columns,
+    read_rows,
+)
 from dspark_export.training.generate import Stopped
 from dspark_export.training.run import LOCK_FILE, TrainingRun
 from dspark_export.training.shard import load_shard
@@ -284,12 +293,44 @@ def test_the_written_checkpoint(target, straight):
     assert all(np.array_equal(stored[name], value.numpy()) for name, value in expected.items())
 
 
+def test_the_time_that_is_left_counts_what_text_takes(target, tmp_path):
+    """Half an hour after the last step of an hour's run, say: text was generated since."""
+    seen = []
+
+    def watch(status):
+        if status.what.startswith("generate shard 2"):
+            seen.append(status)
+
+    def stop():
+        return bool(seen)
+
+    settings = target.settings(tmp_path, tokens=None, hours=10.0, shard_size=4, passes=1)
+    TrainingRun(settings, stop, watch).run(False)
+    for status in seen:
+        assert status.remaining_seconds == pytest.approx(36_000 - status.position.seconds)
+
+
+def test_the_held_out_curve_has_a_point_of_every_sitting(target, tmp_path):
+    """Stopped at once, and killed while the last measurement was made."""
+    run = TrainingRun(target.settings(tmp_path), lambda: (tmp_path / HELD_OUT_FILE).is_file(), lambda status: None)
+    assert run.run(False).position.step == 0
+    train(target.settings(tmp_path), steps=1, resume=True)
+    whole = (tmp_path / HELD_OUT_FILE).read_text()
+    assert [row["step"] for row in read_rows(tmp_path / HELD_OUT_FILE)] == ["0", "1"]
+    (tmp_path / HELD_OUT_FILE).write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    train(target.settings(tmp_path), steps=1, resume=True)
+    lengths = [row["accepted_length"] for row in read_rows(tmp_path / HELD_OUT_FILE)]
+    assert lengths == [line.split(",")[3] for line in whole.splitlines()[1:]]
+
+
 def test_rows_behind_the_checkpoint_are_dropped(tmp_path):
     curve = Curve(tmp_path / "c.csv", ("step", "loss"), 0)
     for step in range(1, 6):
         curve.add(step, 1.0 / step)
     with (tmp_path / "c.csv").open("a") as stream:
         stream.write("6")  # cut by a kill
+    before = tmp_path / "before.csv"
+    before.hardlink_to(tmp_path / "c.csv")
     Curve(tmp_path / "c.csv", ("step", "loss"), 3).add(4, 0.5)
     assert read_rows(tmp_path / "c.csv") == [
         {"step": "1", "loss": "1"},
@@ -297,6 +338,28 @@ def test_rows_behind_the_checkpoint_are_dropped(tmp_path):
         {"step": "3", "loss": "0.333333"},
         {"step": "4", "loss": "0.5"},
     ]
+    assert len(read_rows(before)) == 5, "a kill meanwhile would have lost them"
+
+
+def test_curves_are_drawn_with_other_held_out_text(tmp_path, monkeypatch):
+    """Another --corpus may have other domains: rows from before it have no value there."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    Curve(tmp_path / STEPS_FILE, STEP_COLUMNS, 0).add(1, *[1.0] * 9)
+    Curve(tmp_path / HELD_OUT_FILE, held_out_columns(1, ("code",)), 0).add(1, 1, 1.0, 1.5, 0.5, 1.5)
+    Curve(tmp_path / HELD_OUT_FILE, held_out_columns(1, ("code", "maths")), 1).add(2, 2, 2.0, 2.0, 0.5, 1.5, 2.5)
+    drawn = {}
+    plot = Axes.plot
+
+    def note(self, x, y, **style):
+        drawn[style["label"]] = y
+        return plot(self, x, y, **style)
+
+    monkeypatch.setattr(Axes, "plot", note)
+    draw_curves(tmp_path)
+    assert set(drawn) == {"loss", "l1", "confidence", "all", "code", "maths"}
+    assert np.array_equal(drawn["maths"], [float("nan"), 2.5], equal_nan=True)
 
 
 def test_without_torch_the_message_says_what_to_install(target, tmp_path):

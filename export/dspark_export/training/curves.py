@@ -14,13 +14,14 @@ PICTURE_FILE = "curves.png"
 STEP_COLUMNS = (
     "step", "seen_tokens", "seconds", "loss", "ce", "l1", "confidence", "matched", "gradient_norm", "learning_rate",
 )  # fmt: skip
+_LENGTH = "accepted_length"
 _DOMAIN = "accepted_"
 
 
 def held_out_columns(block_size: int, domains: Sequence[str]) -> tuple[str, ...]:
     """Columns of the held-out file: ``stands_k`` is the conditional acceptance of draft k."""
     slots = (f"stands_{k + 1}" for k in range(block_size))
-    return ("step", "seen_tokens", "seconds", "accepted_length", *slots, *(_DOMAIN + domain for domain in domains))
+    return ("step", "seen_tokens", "seconds", _LENGTH, *slots, *(_DOMAIN + domain for domain in domains))
 
 
 class Curve:
@@ -31,16 +32,21 @@ class Curve:
         self._path = path
         self._columns = tuple(columns)
         kept = [row for row in read_rows(path) if int(row["step"]) <= up_to_step] if up_to_step else []
-        with path.open("w", encoding="utf-8", newline="") as stream:
+        self.last_step = int(kept[-1]["step"]) if kept else -1
+        """Of the row that was added last; -1 before the first."""
+        scratch = path.with_suffix(".tmp")
+        with scratch.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(self._columns)
             writer.writerows([row.get(column, "") for column in self._columns] for row in kept)
+        scratch.replace(path)
 
-    def add(self, *values: float) -> None:
+    def add(self, step: int, *values: float) -> None:
         """Append a row."""
         cells = [value if isinstance(value, int) else f"{value:.6g}" for value in values]
         with self._path.open("a", encoding="utf-8", newline="") as stream:
-            csv.writer(stream).writerow(cells)
+            csv.writer(stream).writerow([step, *cells])
+        self.last_step = step
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -62,16 +68,20 @@ def draw_curves(directory: Path) -> None:
         left.set(xlabel="hours", ylabel="loss")
         left.legend(fontsize="small")
         spent = [float(row["seconds"]) / 3600 for row in held_out]
-        lengths = [float(row["accepted_length"]) for row in held_out]
-        right.plot(spent, lengths, marker="o", markersize=3, label="all")
-        domains = [column for column in (held_out[0] if held_out else {}) if column.startswith(_DOMAIN)]
+        right.plot(spent, _numbers(held_out, _LENGTH), marker="o", markersize=3, label="all")
+        columns = held_out[0] if held_out else {}
+        domains = [column for column in columns if column.startswith(_DOMAIN) and column != _LENGTH]
         for column in domains if len(domains) > 1 else ():
-            label = column.removeprefix(_DOMAIN)
-            right.plot(spent, [float(row[column]) for row in held_out], linewidth=1.0, label=label)
+            right.plot(spent, _numbers(held_out, column), linewidth=1.0, label=column.removeprefix(_DOMAIN))
         right.legend(fontsize="small")
         right.set(xlabel="hours", ylabel="held-out accepted length (greedy)")
         for axes in (left, right):
             axes.grid(alpha=0.3)
+
+
+def _numbers(rows: Sequence[dict[str, str]], column: str) -> list[float]:
+    """nan where a row has none: other text was held out then."""
+    return [float(row[column] or "nan") for row in rows]
 
 
 def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:

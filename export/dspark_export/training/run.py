@@ -199,13 +199,12 @@ class TrainingRun:
         self._steps = Curve(settings.out / STEPS_FILE, STEP_COLUMNS, step)
         names = held_out_columns(settings.block_size, self._held_out.domains)
         self._held_curve = Curve(settings.out / HELD_OUT_FILE, names, step)
-        self._noted = step if stored is not None else -1
         self._evaluate()
 
     def _loop(self) -> RunReport:
         settings = self._settings
         saved = measured = time.monotonic()
-        while (progress := self._progress()) < 1.0 and not self._stop():
+        while (progress := self._progress(self._position)) < 1.0 and not self._stop():
             try:
                 self._step(progress)
             except Stopped:
@@ -218,7 +217,7 @@ class TrainingRun:
                 self._save()
                 self._draw()
                 saved = now
-        finished = self._progress() >= 1.0
+        finished = self._progress(self._position) >= 1.0
         # Whoever asked to stop may not wait for the measurement.
         self._save()
         report = self._evaluate()
@@ -278,19 +277,18 @@ class TrainingRun:
             index, self._stop, lambda what, done: self._tell(f"generate {what}, {100 * done:.0f}%")
         )
 
-    def _progress(self) -> float:
+    def _progress(self, position: Position) -> float:
         settings = self._settings
         if settings.tokens is not None:
-            return self._position.seen_tokens / (settings.tokens * settings.passes)
-        return self._position.seconds / (3600 * (settings.hours or _DEFAULT_HOURS))
+            return position.seen_tokens / (settings.tokens * settings.passes)
+        return position.seconds / (3600 * (settings.hours or _DEFAULT_HOURS))
 
     def _evaluate(self) -> HeldOutReport:
         """Measure the averaged weights; a point of the curve a step."""
         self._tell("measure")
         report = self._held_report = self._held_out.evaluate(self._trainer.average)
         position = self._position
-        if position.step != self._noted:
-            self._noted = position.step
+        if position.step != self._held_curve.last_step:
             where = (position.step, position.seen_tokens, position.seconds)
             lengths = (length for _, length in report.by_domain)
             self._held_curve.add(*where, report.accepted_length, *report.conditional, *lengths)
@@ -326,7 +324,7 @@ class TrainingRun:
 
     def _tell(self, what: str) -> None:
         position = replace(self._position, seconds=time.monotonic() - self._began)
-        self._show(Status(what, min(1.0, self._progress()), position, self._last, self._held_report))
+        self._show(Status(what, min(1.0, self._progress(position)), position, self._last, self._held_report))
 
 
 def _tensor(array: FloatArray) -> Tensor:
