@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from contextlib import contextmanager
 
@@ -176,6 +177,7 @@ def test_a_lost_record_is_made_up_for_and_a_damaged_one_named(open_corpus, tmp_p
 def test_one_process_writes_and_others_wait(open_corpus, tmp_path):
     writer, reader = open_corpus(tmp_path), open_corpus(tmp_path)
     assert writer.may_write() and not reader.may_write()
+    assert (tmp_path / "corpus" / "writer.lock").read_text() == f"{os.getpid()}\n"
     with pytest.raises(Stopped):
         reader.shard(HELD_OUT, lambda: True, quiet)
     written = writer.shard(HELD_OUT, never, quiet)
@@ -208,7 +210,7 @@ def test_continuations_keep_the_token_that_ended_them(target):
     generator.close()
 
 
-def test_prompts_of_a_chat_model(text_artifact, tmp_path):
+def test_prompts_of_a_chat_model(text_artifact, tmp_path, caplog):
     turns = UserTurns(text_artifact, load_verifier_artifact(text_artifact), 40)
     random = np.random.default_rng(0)
     opening = turns.opening(random, Opening())
@@ -230,6 +232,36 @@ def test_prompts_of_a_chat_model(text_artifact, tmp_path):
     file.write_text("\n".join(map(json.dumps, lines)))
     decoded = [turns._tokenizer.decode(prompt.token_ids) for prompt in turns.from_file(file)]
     assert decoded == ["<user>Why is the sky blue?<a>", "<user>Tell me more.<a>"]
+    assert "prompts.jsonl: 1 of 3 are left out: longer than --prompt-tokens 40" in caplog.text
+
+
+def test_a_prompt_of_a_file_is_known_wherever_it_comes_from(text_artifact, tmp_path):
+    turns = UserTurns(text_artifact, load_verifier_artifact(text_artifact), 40)
+    file = tmp_path / "prompts.jsonl"
+    lines = [
+        "What is a fox?",
+        {"prompt": "what is\na  FOX?"},
+        {"messages": [{"role": "user", "content": "What is a fox?"}]},
+        "Wo ist Änne?",
+        "wo ist änne?",
+        {"messages": [{"role": "system", "content": "What is a fox?"}]},
+        {"messages": ["no message"]},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    fox, *same, first, second, other = [prompt.key for prompt in turns.from_file(file)]
+    ids = turns.opening(np.random.default_rng(0), Opening())
+    own = turns.from_target(ids, Opening(), Continuation(tuple(turns._tokenizer.encode("What is a fox?")), True))
+    assert same == [fox, fox] and own is not None and own.key == fox and first == second
+    assert len({fox, first, other}) == 3
+
+
+def test_a_target_without_a_chat_template_takes_short_prompts(text_artifact, tmp_path):
+    plain = dataclasses.replace(load_verifier_artifact(text_artifact), chat_template=None)
+    turns = UserTurns(text_artifact, plain, 1)
+    assert turns.opening_tokens(np.random.default_rng(0)) == 1
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"x"\n{"messages": ["no message"]}\n')
+    assert [len(prompt.token_ids) for prompt in turns.from_file(file)] == [1]
 
 
 def test_the_target_completes_openings(text_artifact):
@@ -248,6 +280,11 @@ def test_openings_of_a_file(tmp_path):
     assert read_openings(path) == [
         Opening("How many", "\nBe brief.", "few"), Opening("", "", "code"), Opening("Write a function", "", "code")
     ]  # fmt: skip
+    path.write_bytes(b"\xef\xbb\xbf[code]\nWrite a function\n")
+    assert read_openings(path) == [Opening("Write a function", "", "code")], "a byte order mark is no part of a line"
+    path.write_bytes("Erkläre".encode("latin-1"))
+    with pytest.raises(ExportError, match=r"few\.txt: expected UTF-8 text, got an invalid byte at 4"):
+        read_openings(path)
     path.write_text("\t ending only")
     with pytest.raises(ExportError, match=r"few\.txt, line 1: expected a beginning"):
         read_openings(path)

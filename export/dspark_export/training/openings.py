@@ -33,11 +33,15 @@ def read_openings(path: Path) -> list[Opening]:
     """The openings of a file, in order.
 
     Raises:
-        ExportError: there is none in it, or a line says nothing.
+        ExportError: there is none in it, a line says nothing, or it is no UTF-8 text.
     """
     found: list[Opening] = []
     domain = path.stem
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ExportError(f"--openings {path}: expected UTF-8 text, got an invalid byte at {error.start}") from None
+    for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dspark_backend.chat import ChatTemplate
+from dspark_backend.chat import ChatTemplate, parse_messages
 from dspark_backend.errors import InvalidRequest
 from dspark_backend.stages.artifact import VerifierArtifact
 from dspark_backend.tokenizer import TOKENIZER_FILE, Tokenizer, TokenizerSettings
@@ -18,6 +19,8 @@ from dspark_export.errors import ExportError
 from dspark_export.prompts import read_prompts
 from dspark_export.training.generate import Continuation
 from dspark_export.training.openings import OWN, Opening
+
+logger = logging.getLogger(__name__)
 
 _MARK = "dspark-user-turn"
 _SHORTEST_TURN = 8
@@ -98,9 +101,8 @@ class UserTurns:
 
     def opening_tokens(self, random: np.random.Generator) -> int:
         """How many tokens it may add."""
-        return (
-            self.prompt_tokens if self._opening else int(random.integers(2, min(_RAW_TOKENS, self.prompt_tokens) + 1))
-        )
+        most = min(_RAW_TOKENS, self.prompt_tokens)
+        return self.prompt_tokens if self._opening else int(random.integers(min(2, most), most + 1))
 
     def from_target(self, opening: Sequence[int], chosen: Opening, turn: Continuation) -> Prompt | None:
         """The prompt that the target wrote behind an opening; None where it is none: cut off, empty, too long."""
@@ -124,17 +126,31 @@ class UserTurns:
         """
         if self._tokenizer is None:
             raise ExportError(f"--prompts {path}: the verifier was exported without a tokenizer; leave --prompts out")
-        found = []
-        for messages in read_prompts(path):
-            if self._opening:
-                ids = self._render_messages(messages)
-            else:
-                text = "\n".join(str(message.get("content", "")) for message in json.loads(messages))
-                ids = tuple(self._tokenizer.encode(text))
-            prompt = self._checked(messages, ids, path.stem)
-            if prompt is not None:
-                found.append(prompt)
+        given = read_prompts(path)
+        found = [prompt for messages in given if (prompt := self._from_messages(messages, path.stem)) is not None]
+        if len(found) < len(given):
+            logger.warning(
+                "--prompts %s: %d of %d are left out: longer than --prompt-tokens %d, or no messages for this target",
+                path,
+                len(given) - len(found),
+                len(given),
+                self.prompt_tokens,
+            )
         return found
+
+    def _from_messages(self, messages: str, domain: str) -> Prompt | None:
+        assert self._tokenizer is not None
+        try:
+            parsed = parse_messages(messages)
+        except InvalidRequest:
+            return None
+        contents = [message.get("content", "") for message in parsed]
+        words = "\n".join(contents)
+        ids = self._render_messages(messages) if self._opening else tuple(self._tokenizer.encode(words))
+        # A single user turn is known by its words alone: the target may write the same.
+        if len(parsed) > 1 or parsed[0]["role"] != "user":
+            words = "\n".join([*(message["role"] for message in parsed), words])
+        return self._checked(words, ids, domain)
 
     def _checked(self, text: str, ids: tuple[int, ...] | None, domain: str) -> Prompt | None:
         if not ids or len(ids) > self.longest or max(ids) >= self._vocab_size:
