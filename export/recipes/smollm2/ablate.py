@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from dspark_export.figures import figure_panels
+from dspark_export.training.checkpoint import CHECKPOINT_FILE
 from dspark_export.training.corpus_settings import CorpusSettings
 from dspark_export.training.corpus_source import SOURCE_FILE
 from dspark_export.training.run import Status, TrainingRun
@@ -132,6 +133,8 @@ class Ablation:
         stored = folder / "result.json"
         if stored.is_file():
             return Result(**json.loads(stored.read_text(encoding="utf-8")))
+        # One that was interrupted begins anew: its time is part of the result.
+        (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         given = {**BASE, **variant.changes}
         per_step = given.get("dialogues_per_step", 16)
         passes = max(1, -(-self.steps * per_step // self.text.dialogues))
@@ -161,7 +164,7 @@ class Ablation:
             dict(held_out.by_domain),
             list(held_out.conditional),
         )
-        (folder / "checkpoint.pt").unlink()
+        (folder / CHECKPOINT_FILE).unlink()
         stored.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
         return result
 
@@ -209,6 +212,8 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help="Name of a variant; may be repeated. Default all.")] = None,
 ) -> None:
     """Train the variants and write the table after each."""
+    if unknown := set(only or ()) - {variant.name for variant in VARIANTS}:
+        raise typer.BadParameter(f"expected names of variants, got {', '.join(sorted(unknown))}", param_hint="--only")
     logging.basicConfig(level=logging.WARNING)
     ablation = Ablation(verifier, model, Text.fixed(corpus, out / "corpus", shards), out, steps, threads)
     results: list[Result] = []

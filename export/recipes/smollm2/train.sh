@@ -21,7 +21,9 @@ dspark-export corpus --verifier "$verifier" --out "$out/corpus" "${text[@]}" >> 
 writer=$!
 trap 'kill "$writer" 2> /dev/null || true; wait "$writer" || true' EXIT
 # Until the writer holds the corpus, or has ended: train would write it instead.
-while kill -0 "$writer" 2> /dev/null && [ ! -e "$out/corpus/writer.lock" ]; do sleep 1; done
+while kill -0 "$writer" 2> /dev/null && [ "$(cat "$out/corpus/writer.lock" 2> /dev/null)" != "$writer" ]; do
+    sleep 0.2
+done
 
 resume=()
 if [ -e "$out/checkpoint.pt" ]; then resume=(--resume); fi
