@@ -195,6 +195,7 @@ def test_runs_that_cannot_go_on_are_refused(target, straight, tmp_path):
     other = tiny_target_with_other_weights(tmp_path)
     with pytest.raises(ExportError, match="expected the checkpoint that the verifier was exported from"):
         train(dataclasses.replace(target.settings(tmp_path / "x"), model=str(other)), steps=1)
+    assert not list((tmp_path / "x").rglob("shard-*"))
 
 
 def tiny_target_with_other_weights(folder):
@@ -235,6 +236,7 @@ def test_options_out_of_range_are_named(target, tmp_path, changes, message):
 def test_options_that_do_not_fit_the_target_are_named(target, tmp_path, changes, message):
     with pytest.raises(ExportError, match=message):
         train(target.settings(tmp_path, **changes), steps=1)
+    assert not list(tmp_path.rglob("shard-*")), "at once, not after the first text"
 
 
 def test_layers_can_start_as_the_targets_last_ones(target, tmp_path):
@@ -267,6 +269,7 @@ def test_a_written_drafter_can_be_trained_further(target, straight, tmp_path):
     other = GOLDEN / "qwen3_vanilla" / "drafter"
     with pytest.raises(ExportError, match=f"--init-from {other}: expected"):
         train(target.settings(tmp_path / "other", init_from=other), steps=1)
+    assert not list((tmp_path / "other").rglob("shard-*"))
 
 
 def test_bigrams_are_a_better_start(tmp_path):

@@ -68,17 +68,27 @@ def first_drafter(
     return drafter
 
 
-@torch.no_grad()
-def continued_drafter(
-    checkpoint: Path, config: Mapping[str, Any], shared: tuple[Tensor, Tensor], feature_scale: Tensor
-) -> TorchDrafter:
-    """The drafter of an earlier run, or a released one, to be trained further behind this run's scale of features.
-
-    It keeps its own mask token.
+def check_beginning(config: Mapping[str, Any], settings: TrainSettings, weights: WeightSource) -> None:
+    """Make sure that a drafter of ``config`` can start as the settings say, without any text.
 
     Raises:
-        ExportError: it is not the drafter that ``config`` describes.
+        ExportError: ``init_from`` is another drafter, or the target's layers are to be copied and do not fit.
     """
+    if settings.init_from is not None:
+        _check_continued(settings.init_from, config)
+    elif settings.init_layers == "target":
+        have, layers = weights.config["num_hidden_layers"], config["num_hidden_layers"]
+        if layers > have:
+            raise ExportError(f"--layers: expected at most the target's {have} to copy, got {layers}")
+        theirs, ours = weights.config["intermediate_size"], config["intermediate_size"]
+        if theirs != ours:
+            raise ExportError(
+                f"--init-layers target: expected the target's --intermediate-size {theirs}, got {ours}; "
+                "give --init-layers random, or leave --intermediate-size out"
+            )
+
+
+def _check_continued(checkpoint: Path, config: Mapping[str, Any]) -> None:
     found, wanted = describe_drafter(SafetensorsFolder(checkpoint).config), spec_of(config)
     for field in fields(wanted):
         theirs, ours = getattr(found, field.name), getattr(wanted, field.name)
@@ -91,6 +101,17 @@ def continued_drafter(
             f"--init-from {checkpoint}: expected layers like the target's (sizes, heads, RoPE, --layers "
             f"{wanted.decoder.num_layers}), the drafter's differ"
         )
+
+
+@torch.no_grad()
+def continued_drafter(checkpoint: Path, shared: tuple[Tensor, Tensor], feature_scale: Tensor) -> TorchDrafter:
+    """The drafter of an earlier run, or a released one, to be trained further behind this run's scale of features.
+
+    It keeps its own mask token.
+
+    Raises:
+        ExportError: a tensor has another shape.
+    """
     drafter = load_torch_drafter(checkpoint, *shared)
     drafter.feature_scale.copy_(feature_scale)
     drafter.fc.weight.div_(feature_scale)
@@ -118,21 +139,20 @@ def scale_of(examples: Iterable[Example], columns: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def copy_target_layers(drafter: TorchDrafter, weights: WeightSource) -> None:
-    """Start the layers as the target's last ones, which read the last feature as they would in the target.
+    """Start the layers as the target's last ones, of which there are enough, which read the last feature as they would
+    in the target.
 
     Raises:
-        ExportError: a tensor has another shape, as with another --intermediate-size.
+        ExportError: a tensor has another shape.
     """
     first = weights.config["num_hidden_layers"] - drafter.spec.decoder.num_layers
-    if first < 0:
-        raise ExportError(f"--layers: expected at most the target's {weights.config['num_hidden_layers']} to copy")
 
     def read(name: str, shape: torch.Size) -> Tensor:
         stored = torch.from_numpy(np.array(weights.read(name), dtype=np.float32))
         if stored.shape != shape:
             raise ExportError(
                 f"--init-layers target: expected {name} of shape {tuple(shape)}, the target's is "
-                f"{tuple(stored.shape)}; give --init-layers random, or leave --intermediate-size out"
+                f"{tuple(stored.shape)}; give --init-layers random"
             )
         return stored
 

@@ -19,7 +19,7 @@ from dspark_backend.stages.batch import FloatArray
 from dspark_export.errors import ExportError
 from dspark_export.torch_drafter import TorchDrafter
 from dspark_export.training.batch import Example
-from dspark_export.training.beginning import continued_drafter, first_drafter, scale_of
+from dspark_export.training.beginning import check_beginning, continued_drafter, first_drafter, scale_of
 from dspark_export.training.checkpoint import (
     CHECKPOINT_FILE,
     Checkpoint,
@@ -159,12 +159,15 @@ class TrainingRun:
         self._corpus, self._verifier_hash = corpus, artifact.source_hash
         self._rounds = Rounds(corpus, self._shard, settings.passes, settings.text.seed)
         columns = feature_columns(artifact, settings)
-        held_out = self._shard(HELD_OUT)
         embedding = artifact.embedding.read(settings.text.verifier)
         shared = (_tensor(embedding), _tensor(artifact.head.read(settings.text.verifier)))
         if stored is None:
+            # What cannot be trained is refused before text is generated for it.
             weights = open_target(settings.model, artifact)
             self._config = drafter_config(weights.config, artifact, settings, pick_mask_token(embedding))
+            check_beginning(self._config, settings, weights)
+        held_out = self._shard(HELD_OUT)
+        if stored is None:
             first = [
                 pair for index in range(settings.first_shards) for pair in self._rounds.shard(HELD_OUT + 1 + index)
             ]
@@ -173,7 +176,7 @@ class TrainingRun:
             np.random.seed(settings.text.seed)
             random.seed(settings.text.seed)
             if settings.init_from is not None:
-                drafter = continued_drafter(settings.init_from, self._config, shared, scale)
+                drafter = continued_drafter(settings.init_from, shared, scale)
                 self._config["mask_token_id"] = drafter.spec.mask_token_id
             else:
                 self._tell("count tokens")
