@@ -13,8 +13,9 @@ from artifacts import export
 
 from dspark_export.training.checkpoint import CHECKPOINT_FILE, Checkpoint, load_checkpoint
 from dspark_export.training.corpus_settings import CorpusSettings
-from dspark_export.training.run import RunReport, Status, TrainingRun
+from dspark_export.training.run import TrainingRun
 from dspark_export.training.settings import TrainSettings
+from dspark_export.training.status import RunReport, Status
 
 SMALL: dict[str, Any] = {
     "tokens": 100_000,

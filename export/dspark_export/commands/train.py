@@ -19,7 +19,7 @@ from dspark_export.commands.signals import stop_on_signals
 from dspark_export.errors import ExportError
 
 if TYPE_CHECKING:
-    from dspark_export.training.run import RunReport, Status
+    from dspark_export.training.status import RunReport, Status
 
 _LINE_SECONDS = 60.0
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -57,39 +56,13 @@ from dspark_export.training.schedule import learning_rate
 from dspark_export.training.settings import TrainSettings
 from dspark_export.training.shard import Dialogue
 from dspark_export.training.statistics import count_tokens
+from dspark_export.training.status import RunReport, Status
 from dspark_export.training.trainer import StepReport, Trainer, faster_precision
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "train.lock"
 _DEFAULT_HOURS = 1.0
-
-
-@dataclass(frozen=True)
-class Status:
-    """What a run is doing, for whoever watches."""
-
-    what: str
-    done: float
-    """Fraction of the whole run."""
-    position: Position
-    last: StepReport | None
-    held_out: HeldOutReport | None
-
-    @property
-    def remaining_seconds(self) -> float:
-        """nan while nothing can be said."""
-        return self.position.seconds * (1 - self.done) / self.done if self.done > 0 else math.nan
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """How a sitting ended."""
-
-    position: Position
-    held_out: HeldOutReport
-    finished: bool
-    """The budget is used up; else the run was asked to stop and can be resumed."""
 
 
 class TrainingRun:

@@ -21,9 +21,10 @@ from dspark_export.figures import figure_panels
 from dspark_export.training.checkpoint import CHECKPOINT_FILE
 from dspark_export.training.corpus_settings import CorpusSettings
 from dspark_export.training.corpus_source import SOURCE_FILE
-from dspark_export.training.run import Status, TrainingRun
+from dspark_export.training.run import TrainingRun
 from dspark_export.training.settings import TrainSettings
 from dspark_export.training.shard import load_shard
+from dspark_export.training.status import Status
 
 logger = logging.getLogger("ablate")
 
