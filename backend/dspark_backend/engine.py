@@ -220,7 +220,7 @@ class Engine:
             if sequence.slot is None:
                 continue  # another sequence of its request failed just now
             sequence.rounds += 1
-            anchor = sequence.anchor
+            anchor, before = sequence.anchor, sequence.context.output_length
             accepted = self._take(sequence, block, ran.targets[row])
             if accepted is None:
                 continue
@@ -228,8 +228,11 @@ class Engine:
             if sequence.slot is None:
                 continue  # its context could not be committed
             if self._speculator is not None and block.drafted:
-                self._speculator.learn(sequence, block, accepted)
-                self._observe(sequence, block, accepted)
+                # Where a draft ended the sequence, nothing was said of those behind it: no token follows that draft.
+                ended = sequence.context.output_length - before == accepted
+                judged = accepted if ended else len(block.drafts.tokens)
+                self._speculator.learn(sequence, block, accepted, judged)
+                self._observe(sequence, block, accepted, judged)
             self.roster.emit(sequence)
         if self._speculator is not None:
             self._speculator.settle()
@@ -301,14 +304,14 @@ class Engine:
                 sequence.slot.context_length = 0
                 self.roster.fail(sequence.state, InternalError(f"the drafter failed: {error}"))
 
-    def _observe(self, sequence: SequenceState, block: Block, accepted: int) -> None:
+    def _observe(self, sequence: SequenceState, block: Block, accepted: int, judged: int) -> None:
         if self._observer is None or block.confidence_logits is None:
             return
         self._observer(
             RoundRecord(
                 confidence_logits=block.confidence_logits.copy(),
                 sampled=not sequence.prepared.request.sampling.greedy,
-                verified=len(block.drafts.tokens),
+                verified=judged,
                 accepted=accepted,
                 request=sequence.number,
             )

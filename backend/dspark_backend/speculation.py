@@ -62,7 +62,8 @@ class Speculator:
         self._metrics = metrics
         self._prior: Survival | None = None
         self._online = OnlineCalibration(drafter.artifact.block_size)
-        self._judged: list[tuple[Block, int]] = []
+        self._judged: list[tuple[Survival, int, int]] = []
+        """What was predicted for a block, how many of its drafts were judged, how many stood."""
         self._choice = DraftingChoice(self._cost, drafter.artifact.block_size)
         self._drawing: tuple[list[int], DraftSampling] | None = None
         """The sequences that drafted last, and how: mostly the same ones as in the round before."""
@@ -101,25 +102,23 @@ class Speculator:
         predicted = self._cost.verify_seconds(count, sum(depths_of_all), capacity, max(depths_of_all, default=0))
         return Round(blocks, predicted, capacity)
 
-    def learn(self, sequence: SequenceState, block: Block, accepted: int) -> None:
-        """What became of a block that was drafted."""
+    def learn(self, sequence: SequenceState, block: Block, accepted: int, judged: int) -> None:
+        """What became of a block that was drafted: the first ``judged`` of its drafts were held against the target."""
         verified = len(block.drafts.tokens)
         state = sequence.draft
         state.drafted_tokens += block.drafted
         state.verified_tokens += verified
         state.accepted_tokens += accepted
         self._metrics.count_block(block.drafted, verified, accepted)
-        self._judged.append((block, accepted))
+        if block.survival is not None:
+            self._judged.append((block.survival, judged, accepted))
 
     def settle(self) -> None:
         """Call after a step: now and then, what was predicted for the blocks is compared with what came."""
         if len(self._judged) < _SETTLE_EVERY:
             return
-        self._online.update(
-            np.array([block.survival for block, _ in self._judged]),
-            np.array([len(block.drafts.tokens) for block, _ in self._judged]),
-            np.array([accepted for _, accepted in self._judged]),
-        )
+        survival, judged, accepted = zip(*self._judged, strict=True)
+        self._online.update(np.array(survival), np.array(judged), np.array(accepted))
         self._judged.clear()
         self._metrics.spec_decode_calibration_error.value = self._online.error
 

@@ -15,11 +15,11 @@ class RoundRecord:
     """One request's drafts of one step, and what became of them."""
 
     confidence_logits: NDArray[np.float32]
-    """[g], as the drafter gave them: a copy, not a view of a buffer."""
+    """[m], of every draft of the block, as the drafter gave them: a copy, not a view of a buffer."""
     sampled: bool
     """Whether the request has a temperature above 0."""
     verified: int
-    """Leading drafts that the target checked."""
+    """Leading drafts that the target checked, up to one that ended the sequence: of others nothing is known."""
     accepted: int
     """How many of them stood."""
     request: int

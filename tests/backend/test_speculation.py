@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import artifacts
+import numpy as np
 import pytest
 from engines import Driver, KeepingSink, ids, mixed_requests, prompt
 from speculation import CHEAP, DEAR, POLICIES, SpeculatingDriver
 
 from dspark_backend.cost_cache import CostCache
+from dspark_backend.delta import FinishReason
 from dspark_backend.errors import InternalError, InvalidRequest
 from dspark_export.drafter import DrafterExport, export_drafter
 
@@ -176,6 +178,30 @@ def test_the_end_inside_an_accepted_prefix(speculating):
     for length in range(1, 30):
         wanted, golden = golden_request("qwen3_vanilla", max_tokens=length, draft_policy="fixed:64")
         assert speculating().run(wanted)[0].tokens() == golden["greedy"][:length].tolist()
+
+
+def test_drafts_behind_the_end_of_a_text_are_not_taken_for_rejected(golden_artifacts, golden_drafters, tmp_path):
+    """They were never compared: a calibration that counts them learns that drafts fail where answers end."""
+    wanted, golden = golden_request("qwen3_vanilla")
+    answer = golden["greedy"].tolist()
+    end = next(place for place in range(10, 40) if answer[place] not in answer[:place])
+    verifier = artifacts.variant(golden_artifacts["qwen3_vanilla"], tmp_path / "ends", eos_token_ids=[answer[end]])
+    driver = SpeculatingDriver(verifier, golden_drafters["qwen3_vanilla"], policy="fixed:64")
+    text, inner = [*golden["prompt"].tolist(), *answer], driver.drafter.draft
+
+    def perfect(batch):
+        output, start = inner(batch), int(batch.starts[0]) + 1
+        tokens = np.array([text[start : start + 7]])
+        return replace(output, tokens=tokens)
+
+    driver.drafter.draft = perfect
+    (sink,) = driver.run(replace(wanted, ignore_eos=False))
+    assert sink.tokens() == answer[: end + 1] and sink.reason() is FinishReason.STOP
+    *whole, last = driver.records
+    assert all(record.verified == record.accepted == 7 for record in whole)
+    # Seven drafts and the one that followed them in every round before.
+    assert last.verified == last.accepted == (end - 1) % 8 + 1 < 7
+    assert driver.engine.metrics.spec_decode_num_verified_tokens_total.value == 7 * len(driver.records)
 
 
 def test_log_probs_are_the_targets(speculating, golden_artifacts):
