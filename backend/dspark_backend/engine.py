@@ -17,7 +17,7 @@ from dspark_backend.ranked import ranking_temperature
 from dspark_backend.roster import SEE_LOG, Roster
 from dspark_backend.round_plan import Block, Round
 from dspark_backend.sequence import RequestState, SequenceState
-from dspark_backend.speculation import Drafting, Speculator
+from dspark_backend.speculation import Drafting, DraftingFailed, Speculator
 from dspark_backend.stages.batch import Segment, StepBatch, StepOutput
 from dspark_backend.stages.protocol import VerifierStage
 from dspark_backend.stages.rows import Rows
@@ -191,16 +191,19 @@ class Engine:
         self.metrics.prefix_cache_hit_tokens_total.add(hit)
 
     def _plan(self, running: Sequence[SequenceState]) -> Round:
-        """Drafts and depths of this round; anchors alone without a drafter, or where it failed."""
+        """Drafts and depths of this round; anchors alone without a drafter, or where it failed: those for which it
+        drafted then failed, too."""
         plain = Round([Block()] * len(running), 0.0)
         if self._speculator is None:
             return plain
         self.cache.prepare(max(sequence.held_slot.length for sequence in running) + 1)
         try:
             return self._speculator.plan(running, self.cache.capacity)
-        except Exception as error:  # whatever the runtime raises must not end the engine
+        except DraftingFailed as failed:
+            self._lose_drafter(failed.sequences, failed.__cause__ or failed)
+        except Exception as error:  # a defect of ours must not end the engine
             self._lose_drafter([sequence for sequence in running if sequence.prepared.policy.drafts], error)
-            return plain
+        return plain
 
     def _verify(self, running: Sequence[SequenceState], planned: Round) -> None:
         """Run the target over anchors and drafts, and take what it says."""
@@ -295,7 +298,7 @@ class Engine:
         except Exception as error:  # whatever the runtime raises must not end the engine
             self._lose_drafter([sequence], error)
 
-    def _lose_drafter(self, sequences: Sequence[SequenceState], error: Exception) -> None:
+    def _lose_drafter(self, sequences: Sequence[SequenceState], error: BaseException) -> None:
         """The drafter raised: what it had in hand fails. Call while the exception is handled."""
         logger.exception("the drafter failed")
         for sequence in sequences:

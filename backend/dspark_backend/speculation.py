@@ -52,6 +52,15 @@ class Drafting:
     """Where ``cost`` is kept: told to forget it when it proves wrong."""
 
 
+class DraftingFailed(Exception):
+    """The drafter raised, which is the cause."""
+
+    def __init__(self, sequences: Sequence[SequenceState]) -> None:
+        super().__init__()
+        self.sequences = tuple(sequences)
+        """Whose drafts were being made: all that drafted in the round."""
+
+
 class Speculator:
     """Owns the drafter's side of the engine. Single-threaded, as the engine is."""
 
@@ -79,7 +88,11 @@ class Speculator:
             self._drafter.commit_context(self._take_context([sequence]))
 
     def plan(self, running: Sequence[SequenceState], capacity: int) -> Round:
-        """Draft where it pays, and choose depths. The drafter's cache is brought up to date for those that draft."""
+        """Draft where it pays, and choose depths. The drafter's cache is brought up to date for those that draft.
+
+        Raises:
+            DraftingFailed: the drafter raised; sequences that did not draft lose nothing.
+        """
         count = len(running)
         blocks = [Block()] * count
         limits = self._limits(running)
@@ -92,7 +105,10 @@ class Speculator:
             limits = np.where(adaptive, np.minimum(limits[chosen], choice.depth), limits[chosen])
             widths = np.array([self._width(sequence, choice) for sequence in drafting])
             greedy = np.array([sequence.prepared.request.sampling.greedy for sequence in drafting])
-            drafts, survival = self._draft(drafting, widths, greedy, capacity)
+            try:
+                drafts, survival = self._draft(drafting, widths, greedy, capacity)
+            except Exception as error:  # whatever the runtime raises
+                raise DraftingFailed(drafting) from error
             seconds = self._seconds(widths, limits, count, capacity)
             depths = self._depths(drafting, survival, limits, count, seconds)
             for place, row in enumerate(chosen):

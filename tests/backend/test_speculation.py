@@ -300,6 +300,24 @@ def test_a_failing_drafter_costs_those_that_draft(speculating, monkeypatch):
     assert driver.run(drafting)[0].tokens() == golden["greedy"].tolist()
 
 
+def test_a_failing_drafter_spares_those_that_rest(speculating, monkeypatch):
+    """Of an adaptive policy, in a round in which they do not draft: nothing of theirs was in the drafter's hands."""
+    driver = speculating(cost=DEAR, policy="causal")
+    wanted, golden = golden_request("qwen3_vanilla", max_tokens=40)
+    _, resting = driver.submit(wanted)
+    for _ in range(10):
+        driver.engine.step()
+
+    def fail(batch):
+        assert len(batch.anchors) == 1
+        raise RuntimeError("no draft today")
+
+    monkeypatch.setattr(driver.drafter, "draft", fail)
+    (lost,) = driver.run(ids(*prompt(3, 9), max_tokens=40, draft_policy="fixed:3"))
+    assert isinstance(lost.failure, InternalError) and "no draft today" in str(lost.failure)
+    assert resting.tokens() == golden["greedy"][:40].tolist()
+
+
 def test_policies_are_checked(speculating, golden_artifacts):
     with pytest.raises(InvalidRequest, match="draft_policy: expected off, fixed:N"):
         speculating().submit(golden_request("qwen3_vanilla", draft_policy="fastest")[0])
