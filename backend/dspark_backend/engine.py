@@ -143,17 +143,24 @@ class Engine:
         chosen: list[SequenceState] = []
         pieces: list[Sequence[int]] = []
         leading = {sequence.state for sequence in roster.prefilling if sequence.index == 0}
-        for sequence in roster.prefilling:
+        for sequence in list(roster.prefilling):
             if budget <= 0:
                 break
+            if sequence.slot is None:
+                continue  # another sequence of its request failed just now
             if not sequence.prefill_started:
                 if config.prefix_reuse and sequence.index > 0 and sequence.state in leading:
                     continue  # one step later the prompt's rows are there to be copied
                 self._start_prefill(sequence)
+                if sequence.slot is None:
+                    continue  # its request failed with a sibling
             start = sequence.held_slot.length
             pieces.append(sequence.prepared.prompt_ids[start : start + budget])
             chosen.append(sequence)
             budget -= len(pieces[-1])
+        # Where the drafter failed, some of those that were chosen before may be gone.
+        there = [place for place, sequence in enumerate(chosen) if sequence.slot is not None]
+        chosen, pieces = [chosen[place] for place in there], [pieces[place] for place in there]
         if not chosen:
             return
         # Once for all runs, and before it is asked which are neighbours: it may move sequences to other slots.
@@ -175,7 +182,7 @@ class Engine:
             if sequence.slot is not None and ran.targets[row].argmax:
                 self.roster.promote(sequence)
                 if self._take(sequence, Block(), ran.targets[row]) is not None:
-                    self.roster.emit(sequence)
+                    self._emit(sequence)
 
     def _start_prefill(self, sequence: SequenceState) -> None:
         """Late, so that siblings of one request find the first one's rows in the cache."""
@@ -186,7 +193,15 @@ class Engine:
             return
         drafts = self._speculator is not None and sequence.prepared.policy.drafts
         # The last token must run again: its logits are the answer's first.
-        hit = self.cache.reuse_prefix(slot, prompt, len(prompt) - 1, with_context=drafts)
+        most = len(prompt) - 1
+        if drafts:
+            lacking = self.cache.lacks_context(slot, prompt, most)
+            for other in [*self.roster.prefilling, *self.roster.verifying]:
+                if lacking is not None and other.slot is lacking:
+                    self._flush(other)
+            if sequence.slot is None:
+                return
+        hit = self.cache.reuse_prefix(slot, prompt, most, with_context=drafts)
         sequence.draft.context_length = slot.context_length
         self.metrics.prefix_cache_hit_tokens_total.add(hit)
 
@@ -236,7 +251,7 @@ class Engine:
                 judged = accepted if ended else len(block.drafts.tokens)
                 self._speculator.learn(sequence, block, accepted, judged)
                 self._observe(sequence, block, accepted, judged)
-            self.roster.emit(sequence)
+            self._emit(sequence)
         if self._speculator is not None:
             self._speculator.settle()
 
@@ -295,6 +310,25 @@ class Engine:
             return
         try:
             self._speculator.feed(sequence, features[: len(token_ids)])
+        except Exception as error:  # whatever the runtime raises must not end the engine
+            self._lose_drafter([sequence], error)
+
+    def _emit(self, sequence: SequenceState) -> None:
+        """Send what is new of a sequence. Of one that is finished, what may be of use to others stays in the cache."""
+        if self._speculator is not None and sequence.finish_reason is not None and self._config.prefix_reuse:
+            try:
+                self._speculator.keep(sequence)
+            except Exception:  # whatever the runtime raises must not cost an answer that is complete
+                logger.exception("the drafter failed; rows of a finished answer cannot be used again")
+                sequence.held_slot.context_length = 0
+        self.roster.emit(sequence)
+
+    def _flush(self, sequence: SequenceState) -> None:
+        """Rows of a sequence that wait for the drafter go there now, so that others can start from them."""
+        if self._speculator is None:
+            return
+        try:
+            self._speculator.flush(sequence)
         except Exception as error:  # whatever the runtime raises must not end the engine
             self._lose_drafter([sequence], error)
 

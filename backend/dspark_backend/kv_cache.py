@@ -165,14 +165,7 @@ class KvCache:
         ``with_context``: only rows that the drafter's cache holds, too.
         """
         wanted = np.asarray(token_ids[:limit], dtype=np.int64)
-        best, length = slot, 0
-        for candidate in self._slots:
-            shared = common_prefix(candidate.tokens, wanted)
-            if with_context:
-                shared = min(shared, candidate.context_length)
-            # A match in the slot itself costs no copy, so it wins a tie.
-            if shared > length or (shared == length and candidate is slot):
-                best, length = candidate, shared
+        best, length = self._longest_prefix(slot, wanted, with_context)
         if length < _MIN_REUSE:
             slot.truncate(0)
             return 0
@@ -184,6 +177,27 @@ class KvCache:
             slot.commit(best.tokens[:length].tolist())
             slot.context_length = min(length, best.context_length)
         return length
+
+    def lacks_context(self, slot: Slot, token_ids: Sequence[int], limit: int) -> Slot | None:
+        """The slot from which ``reuse_prefix`` with context would take more if the drafter's cache held its rows, too;
+        None where there is none.
+        """
+        wanted = np.asarray(token_ids[:limit], dtype=np.int64)
+        best, length = self._longest_prefix(slot, wanted, with_context=False)
+        found = self._longest_prefix(slot, wanted, with_context=True)[1]
+        return best if length > found and length >= _MIN_REUSE else None
+
+    def _longest_prefix(self, slot: Slot, wanted: NDArray[np.int64], with_context: bool) -> tuple[Slot, int]:
+        """The slot that shares most tokens with ``wanted`` at its beginning, and how many."""
+        best, length = slot, 0
+        for candidate in self._slots:
+            shared = common_prefix(candidate.tokens, wanted)
+            if with_context:
+                shared = min(shared, candidate.context_length)
+            # A match in the slot itself costs no copy, so it wins a tie.
+            if shared > length or (shared == length and candidate is slot):
+                best, length = candidate, shared
+        return best, length
 
     def release(self, slot: Slot) -> None:
         """The sequence is gone; its rows stay for reuse until somebody else needs the place."""

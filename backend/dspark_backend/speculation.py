@@ -85,7 +85,17 @@ class Speculator:
             return
         sequence.draft.pending.append(features.copy())
         if sequence.draft.pending_rows > _FLUSH_ROWS:
+            self.flush(sequence)
+
+    def flush(self, sequence: SequenceState) -> None:
+        """Bring the drafter's cache up to date with what is committed: others can copy only rows that are there."""
+        if sequence.draft.pending:
             self._drafter.commit_context(self._take_context([sequence]))
+
+    def keep(self, sequence: SequenceState) -> None:
+        """Before a sequence ends: ``flush``, where more waits than the rows of its last round."""
+        if sequence.draft.pending_rows > self.block_size + 1:
+            self.flush(sequence)
 
     def plan(self, running: Sequence[SequenceState], capacity: int) -> Round:
         """Draft where it pays, and choose depths. The drafter's cache is brought up to date for those that draft.

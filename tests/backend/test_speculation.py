@@ -168,6 +168,53 @@ def test_rows_without_drafter_context_are_not_reused_by_one_that_drafts(speculat
     assert sink.tokens() == golden["greedy"].tolist()
 
 
+def test_prefixes_are_reused_where_the_drafter_rests(speculating):
+    """What a sequence that never drafted has put aside for the drafter reaches it in time for others to copy."""
+    hits = {}
+    for policy in ("off", "causal"):
+        driver = speculating(cost=DEAR, policy=policy)
+        total = driver.engine.metrics.prefix_cache_hit_tokens_total
+        driver.run(ids(*prompt(1, 9), max_tokens=4))  # the first one drafts in any case
+        drafted = driver.engine.metrics.spec_decode_num_drafts_total.value
+        seen, answers = [], []
+        # After one that is gone, beside one that runs, siblings, and after one of a single token.
+        for wanted in (
+            [ids(*prompt(2, 200), max_tokens=10)],
+            [ids(*prompt(2, 200), max_tokens=10)],
+            [ids(*prompt(4, 120), max_tokens=10, num_sequences=4)],
+            [ids(*prompt(5, 120), max_tokens=1)],
+            [ids(*prompt(5, 120), max_tokens=10)],
+        ):
+            before = total.value
+            answers += [sink.tokens() for sink in driver.run(*wanted)]
+            seen.append(total.value - before)
+        assert driver.engine.metrics.spec_decode_num_drafts_total.value == drafted
+        hits[policy] = seen, answers
+    assert hits["causal"] == hits["off"]
+    assert [count > 100 for count in hits["off"][0]] == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize("siblings", [1, 3])
+def test_rows_that_cannot_be_put_aside_cost_their_request(speculating, monkeypatch, siblings):
+    """A drafter that fails while a prompt waits to be copied for another sequence."""
+    driver = speculating(cost=DEAR, policy="causal")
+    driver.run(ids(*prompt(1, 9), max_tokens=4))
+    _, holder = driver.submit(ids(*prompt(4, 120), max_tokens=10, num_sequences=siblings))
+    driver.engine.step()
+
+    def fail(rows):
+        raise RuntimeError("no context today")
+
+    monkeypatch.setattr(driver.drafter, "commit_context", fail)
+    other = ids(*prompt(4, 120), max_tokens=1)
+    (sink,) = driver.run(other)
+    assert "no context today" in str(holder.failure)
+    monkeypatch.undo()
+    # Its own answer was complete when the drafter failed again.
+    assert sink.tokens() == driver.run(other)[0].tokens()
+    assert not driver.engine.cache.active
+
+
 def test_sequences_of_one_request(speculating):
     wanted, golden = golden_request("qwen3_gated", num_sequences=3, draft_policy="fixed:64")
     (sink,) = speculating("qwen3_gated").run(wanted)
