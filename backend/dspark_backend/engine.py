@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from dspark_backend.config import EngineConfig
 from dspark_backend.errors import DSparkError, InternalError, NotFinite
@@ -40,6 +43,8 @@ class _Ran:
     """[n, F] of each segment's tokens: views of what the next step overwrites."""
     targets: list[TargetRows]
     """What the model says in each segment where that was asked."""
+    finite: bool
+    """Whether all of that is finite."""
 
     @classmethod
     def of(cls, batch: StepBatch, output: StepOutput, seconds: float) -> _Ran:
@@ -61,6 +66,7 @@ class _Ran:
                 )
                 for start, end in wanted
             ],
+            bool(np.isfinite(output.top_logit).all()),
         )
 
 
@@ -234,6 +240,7 @@ class Engine:
         self.metrics.count_step(ran.num_tokens, ran.seconds)
         if self._speculator is not None:
             self._speculator.track(planned, ran.seconds)
+        sound = [len(piece) for piece in pieces] if ran.finite else self._clear_broken(sequences, ran.targets)
         for row, (sequence, block) in enumerate(pairs):
             if sequence.slot is None:
                 continue  # another sequence of its request failed just now
@@ -242,7 +249,7 @@ class Engine:
             accepted = self._take(sequence, block, ran.targets[row])
             if accepted is None:
                 continue
-            self._commit(sequence, (anchor, *block.drafts.tokens[:accepted]), ran.features[row])
+            self._commit(sequence, (anchor, *block.drafts.tokens[:accepted])[: sound[row]], ran.features[row])
             if sequence.slot is None:
                 continue  # its context could not be committed
             if self._speculator is not None and block.drafted:
@@ -279,6 +286,20 @@ class Engine:
                 self.roster.fail(sequence.state, InternalError(f"the model failed: {error}"))
             return None
         return _Ran.of(batch, output, time.perf_counter() - begin)
+
+    def _clear_broken(self, chosen: Sequence[SequenceState], targets: Sequence[TargetRows]) -> list[int]:
+        """Clear the rows of drafts whose logits are not finite: most fall before they are looked at, and would stay.
+
+        Returns how many tokens of each sequence, from the first on, have finite logits.
+        """
+        sound = []
+        for sequence, target in zip(chosen, targets, strict=True):
+            count = len(target.top_logit)
+            good = next((place for place, peak in enumerate(target.top_logit) if not math.isfinite(peak)), count)
+            if good < count:
+                self.cache.scrub(sequence.held_slot, sequence.held_slot.length + good)
+            sound.append(good)
+        return sound
 
     def _make_room(self, chosen: Sequence[SequenceState], pieces: Sequence[Sequence[int]]) -> None:
         """Bring the cache into the shape that the next tokens of these sequences want. May move them to other slots."""

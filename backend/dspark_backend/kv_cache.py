@@ -205,11 +205,13 @@ class KvCache:
         slot.reserved = 0
         slot.released = self._clock
 
-    def scrub(self, slot: Slot) -> None:
-        """Forget the rows of a slot in memory, too: a NaN among them would reach later sequences through the mask."""
-        slot.truncate(0)
+    def scrub(self, slot: Slot, first: int = 0) -> None:
+        """Forget the rows of a slot from ``first`` on in memory, too: a NaN among them would reach whatever attends to
+        this slot later, through the mask.
+        """
+        slot.truncate(first)
         for stage in self._stages:
-            stage.clear_rows(slot.index)
+            stage.clear_rows(slot.index, first)
 
     def reset(self) -> None:
         """Begin anew with an empty block, whatever state a failed step left. Call only where nobody holds a slot."""

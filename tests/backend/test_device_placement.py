@@ -168,9 +168,11 @@ class TestSlots:
         expected = self.fill(device, slots)
         slots.copy_rows(RowMove(1, 3, 4))
         slots.clear_rows(0)
+        slots.clear_rows(2, 3)
         for array in expected:
             array[3, :, :4] = array[1, :, :4]
             array[0] = 0
+            array[2, :, 3:] = 0
         assert all((found == want).all() for found, want in zip(self.read(device, slots), expected, strict=True))
 
     def test_another_capacity(self, device, slots):

@@ -365,6 +365,69 @@ def test_a_failing_drafter_spares_those_that_rest(speculating, monkeypatch):
     assert resting.tokens() == golden["greedy"][:40].tolist()
 
 
+class Poison:
+    """A target for which one token gives NaN, as one may in half precision, and a drafter that proposes it once."""
+
+    def __init__(self, driver: SpeculatingDriver, token: int, drafts: list[int], at: int) -> None:
+        self.found = 0
+        self._driver, self._token, self._drafts, self._at, self._rounds = driver, token, drafts, at, 0
+        self._step, self._draft = driver.stage.step, driver.drafter.draft
+        driver.stage.step, driver.drafter.draft = self.step, self.draft
+
+    def step(self, batch):
+        output = self._step(batch)
+        for place in np.flatnonzero(batch.token_ids == self._token).tolist():
+            self.found += 1
+            segment = batch.layout.segment_of[place]
+            for behind in range(place, batch.offsets[segment + 1]):
+                for array in self._driver.stage._cache.arrays:
+                    array[batch.slots[segment], :, batch.positions[behind]] = np.nan
+                row = np.flatnonzero(batch.logit_rows == behind)
+                output.logits[row] = output.top_logit[row] = np.nan
+        return output
+
+    def draft(self, batch):
+        """Verified in this one round only, under threshold."""
+        output = self._draft(batch)
+        self._rounds += 1
+        tokens, confidence = output.tokens.copy(), np.full_like(output.confidence_logits, -30.0)
+        if self._rounds == self._at:
+            tokens[0, : len(self._drafts)], confidence[0] = self._drafts, 30.0
+        return replace(output, tokens=tokens, confidence_logits=confidence)
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_a_rejected_draft_left_in_the_cache_reaches_nobody(speculating, leaves):
+    wanted, golden = golden_request("qwen3_vanilla", draft_policy="threshold:0.5")
+    answer = golden["greedy"].tolist()
+    driver = speculating()
+    bad = next(token for token in range(300) if token not in {*golden["prompt"].tolist(), *answer})
+    # The first draft falls already, so that nothing is ever asked of the others.
+    poison = Poison(driver, bad, [(answer[3] + 1) % 300, 1, 1, 1, 1, bad], at=3)
+    state, sink = driver.submit(wanted)
+    while not poison.found:
+        driver.engine.step()
+    state.cancelled = leaves
+    (other,) = driver.run(ids(*prompt(3, 9), max_tokens=10, draft_policy="off"))
+    assert len(other.tokens()) == 10
+    assert leaves or sink.tokens() == answer
+
+
+def test_the_row_of_an_end_that_is_not_finite_is_not_reused(golden_artifacts, golden_drafters, tmp_path):
+    """A draft that ends the sequence is not asked what follows it."""
+    wanted, golden = golden_request("qwen3_vanilla", draft_policy="threshold:0.5")
+    text, answer = golden["prompt"].tolist(), golden["greedy"].tolist()
+    verifier = artifacts.variant(golden_artifacts["qwen3_vanilla"], tmp_path / "ends", eos_token_ids=[answer[4]])
+    driver = SpeculatingDriver(verifier, golden_drafters["qwen3_vanilla"])
+    Poison(driver, answer[4], answer[2:9], at=2)
+    (sink,) = driver.run(replace(wanted, ignore_eos=False))
+    assert sink.tokens() == answer[:5]
+    driver.stage.step = driver.stage.__class__.step.__get__(driver.stage)
+    longer = ids(*text, *answer[:5], 7, max_tokens=5, draft_policy="off")
+    assert driver.run(longer)[0].tokens() == Driver(verifier).run(longer)[0].tokens()
+    assert driver.engine.metrics.prefix_cache_hit_tokens_total.value == len(text) + 4
+
+
 def test_policies_are_checked(speculating, golden_artifacts):
     with pytest.raises(InvalidRequest, match="draft_policy: expected off, fixed:N"):
         speculating().submit(golden_request("qwen3_vanilla", draft_policy="fastest")[0])

@@ -40,8 +40,8 @@ class WrappedStage:
     def copy_rows(self, move: RowMove) -> None:
         self.inner.copy_rows(move)
 
-    def clear_rows(self, slot: int) -> None:
-        self.inner.clear_rows(slot)
+    def clear_rows(self, slot: int, first: int = 0) -> None:
+        self.inner.clear_rows(slot, first)
 
     def step(self, batch: StepBatch) -> StepOutput:
         self.batches.append(batch)
@@ -77,8 +77,8 @@ class StorageStage:
         self.copied.append(move)
         self.rows[move.target, : move.length] = self.rows[move.source, : move.length]
 
-    def clear_rows(self, slot: int) -> None:
-        self.rows[slot] = 0
+    def clear_rows(self, slot: int, first: int = 0) -> None:
+        self.rows[slot, first:] = 0
 
     def write(self, slot: int, start: int, values: Sequence[float]) -> None:
         assert start + len(values) <= self.rows.shape[1], "a step beyond the capacity"

@@ -72,8 +72,8 @@ class OnnxRuntimeDrafter:
     def copy_rows(self, move: RowMove) -> None:
         self._cache.copy_rows(move)
 
-    def clear_rows(self, slot: int) -> None:
-        self._cache.clear_rows(slot)
+    def clear_rows(self, slot: int, first: int = 0) -> None:
+        self._cache.clear_rows(slot, first)
 
     def commit_context(self, context: ContextRows) -> None:
         window = self._cache.window(context.slots.tolist())

@@ -67,8 +67,8 @@ class OnnxRuntimeVerifier:
     def copy_rows(self, move: RowMove) -> None:
         self._cache.copy_rows(move)
 
-    def clear_rows(self, slot: int) -> None:
-        self._cache.clear_rows(slot)
+    def clear_rows(self, slot: int, first: int = 0) -> None:
+        self._cache.clear_rows(slot, first)
 
     def step(self, batch: StepBatch) -> StepOutput:
         binding, tokens, wanted = self._binding, batch.num_tokens, len(batch.logit_rows)

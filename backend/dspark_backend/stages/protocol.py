@@ -31,8 +31,8 @@ class VerifierStage(Protocol):
     def copy_rows(self, move: RowMove) -> None:
         """Copy cached rows between slots."""
 
-    def clear_rows(self, slot: int) -> None:
-        """Overwrite all rows of a slot with zeros."""
+    def clear_rows(self, slot: int, first: int = 0) -> None:
+        """Overwrite the rows of a slot from ``first`` on with zeros."""
 
     def step(self, batch: StepBatch) -> StepOutput:
         """Run the model over a batch. Positions must lie below the capacity."""
@@ -62,8 +62,8 @@ class DrafterStage(Protocol):
     def copy_rows(self, move: RowMove) -> None:
         """Copy cached rows between slots."""
 
-    def clear_rows(self, slot: int) -> None:
-        """Overwrite all rows of a slot with zeros."""
+    def clear_rows(self, slot: int, first: int = 0) -> None:
+        """Overwrite the rows of a slot from ``first`` on with zeros."""
 
     def commit_context(self, context: ContextRows) -> None:
         """Put rows into the cache without drafting."""

@@ -62,9 +62,9 @@ class SlotArrays:
         for array in self.arrays:
             array[move.target, :, : move.length] = array[move.source, :, : move.length]
 
-    def clear_rows(self, slot: int) -> None:
+    def clear_rows(self, slot: int, first: int = 0) -> None:
         for array in self.arrays:
-            array[slot] = 0.0
+            array[slot, :, first:] = 0.0
 
     def clear(self) -> None:
         """Give the memory back."""

@@ -67,8 +67,8 @@ class RecordingStage:
         if move.source in self._tracks:
             self._tracks[move.target] = self._tracks[move.source].copy()
 
-    def clear_rows(self, slot: int) -> None:
-        self._stage.clear_rows(slot)
+    def clear_rows(self, slot: int, first: int = 0) -> None:
+        self._stage.clear_rows(slot, first)
 
     def close(self) -> None:
         self._tracks.clear()

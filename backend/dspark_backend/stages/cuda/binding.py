@@ -52,8 +52,8 @@ class DeviceCache:
     def copy_rows(self, move: RowMove) -> None:
         self._slots.copy_rows(move)
 
-    def clear_rows(self, slot: int) -> None:
-        self._slots.clear_rows(slot)
+    def clear_rows(self, slot: int, first: int = 0) -> None:
+        self._slots.clear_rows(slot, first)
 
     def clear(self) -> None:
         """Give the memory back."""

@@ -92,9 +92,12 @@ class DeviceSlots:
         for memory, layout in zip(self._arrays, self.layouts, strict=True):
             self._device.copy_block(layout.copy(memory.address, move.target, memory.address, move.source, move.length))
 
-    def clear_rows(self, slot: int) -> None:
+    def clear_rows(self, slot: int, first: int = 0) -> None:
         for memory, layout in zip(self._arrays, self.layouts, strict=True):
-            self._device.zero(memory.address + slot * layout.slot_bytes, layout.slot_bytes)
+            size = (layout.capacity - first) * layout.row_bytes
+            for head in range(layout.num_heads):
+                row = head * layout.capacity + first
+                self._device.zero(memory.address + slot * layout.slot_bytes + row * layout.row_bytes, size)
 
     def clear(self) -> None:
         """Give the memory back."""

@@ -21,6 +21,6 @@ class SlotStage:
         self._device.use()
         self._cache.copy_rows(move)
 
-    def clear_rows(self, slot: int) -> None:
+    def clear_rows(self, slot: int, first: int = 0) -> None:
         self._device.use()
-        self._cache.clear_rows(slot)
+        self._cache.clear_rows(slot, first)
