@@ -223,9 +223,14 @@ class KvCache:
 
         ``length`` speaks for the sequences of the step; the others keep what they have.
         """
-        needed = self._capacity_for(max([length, *(slot.length for slot in self.active)]))
-        if needed > self.capacity or 2 * needed <= self.capacity:
+        longest = max([length, *(slot.length for slot in self.active)])
+        # A step asks twice, before it drafts and with its drafts: what shrinks for the one must not grow for the other.
+        needed, with_drafts = self._capacity_for(longest), self._capacity_for(longest + self._margin)
+        if needed > self.capacity:
             self._reallocate(needed)
+            return
+        if 2 * with_drafts <= self.capacity:
+            self._reallocate(with_drafts)
             return
         active = self.active
         # A step attends over all slots from the first to the last in use. An idle one among them costs as much in every

@@ -278,6 +278,15 @@ def test_context_filled_to_the_last_position(speculating):
     assert len(sink.tokens()) == 24
 
 
+def test_a_growing_sequence_finds_room_once(speculating, monkeypatch):
+    """Around the step from 128 rows to 256 there is room for what is drafted behind, but not for drafts and those."""
+    driver = speculating(policy="fixed:64")
+    capacities, inner = [], driver.stage.allocate
+    monkeypatch.setattr(driver.stage, "allocate", lambda *sizes: (capacities.append(sizes[1]), inner(*sizes)))
+    driver.run(ids(*prompt(2, 100), max_tokens=60))
+    assert capacities == [256]
+
+
 def test_the_drafter_is_skipped_where_it_does_not_pay(speculating):
     wanted, golden = golden_request("qwen3_vanilla")
     dear = speculating(cost=DEAR, policy="causal")
