@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 
 from dspark_backend.config import EngineConfig
 from dspark_backend.errors import DSparkError, InternalError, NotFinite
@@ -21,9 +16,10 @@ from dspark_backend.roster import SEE_LOG, Roster
 from dspark_backend.round_plan import Block, Round
 from dspark_backend.sequence import RequestState, SequenceState
 from dspark_backend.speculation import Drafting, DraftingFailed, Speculator
-from dspark_backend.stages.batch import Segment, StepBatch, StepOutput
+from dspark_backend.stages.batch import Segment, StepBatch
 from dspark_backend.stages.protocol import VerifierStage
 from dspark_backend.stages.rows import Rows
+from dspark_backend.step_result import StepResult
 from dspark_backend.telemetry import RoundObserver, RoundRecord
 from dspark_backend.tokenizer import Tokenizer
 from dspark_backend.verification import TargetRows, take_tokens
@@ -31,43 +27,6 @@ from dspark_backend.verification import TargetRows, take_tokens
 logger = logging.getLogger(__name__)
 
 _MIB = 2**20
-
-
-@dataclass(frozen=True)
-class _Ran:
-    """A step of the verifier that went well."""
-
-    num_tokens: int
-    seconds: float
-    features: list[Rows]
-    """[n, F] of each segment's tokens: views of what the next step overwrites."""
-    targets: list[TargetRows]
-    """What the model says in each segment where that was asked."""
-    finite: bool
-    """Whether all of that is finite."""
-
-    @classmethod
-    def of(cls, batch: StepBatch, output: StepOutput, seconds: float) -> _Ran:
-        """Cut the output into its segments."""
-        # Plain numbers: reading an array's elements one by one costs more than all of them at once.
-        argmax, top_logit = output.argmax.tolist(), output.top_logit.tolist()
-        first = itertools.pairwise(batch.offsets.tolist())
-        wanted = itertools.pairwise(batch.logit_offsets.tolist())
-        return cls(
-            batch.num_tokens,
-            seconds,
-            [output.features[start:end] for start, end in first],
-            [
-                TargetRows(
-                    output.logits[start:end],
-                    argmax[start:end],
-                    top_logit[start:end],
-                    None if output.ranked is None else output.ranked[start:end],
-                )
-                for start, end in wanted
-            ],
-            bool(np.isfinite(output.top_logit).all()),
-        )
 
 
 class Engine:
@@ -240,7 +199,8 @@ class Engine:
         self.metrics.count_step(ran.num_tokens, ran.seconds)
         if self._speculator is not None:
             self._speculator.track(planned, ran.seconds)
-        sound = [len(piece) for piece in pieces] if ran.finite else self._clear_broken(sequences, ran.targets)
+        if not ran.finite:
+            self._clear_broken(sequences, ran)
         for row, (sequence, block) in enumerate(pairs):
             if sequence.slot is None:
                 continue  # another sequence of its request failed just now
@@ -249,7 +209,7 @@ class Engine:
             accepted = self._take(sequence, block, ran.targets[row])
             if accepted is None:
                 continue
-            self._commit(sequence, (anchor, *block.drafts.tokens[:accepted])[: sound[row]], ran.features[row])
+            self._commit(sequence, (anchor, *block.drafts.tokens[:accepted])[: ran.sound[row]], ran.features[row])
             if sequence.slot is None:
                 continue  # its context could not be committed
             if self._speculator is not None and block.drafted:
@@ -262,7 +222,7 @@ class Engine:
         if self._speculator is not None:
             self._speculator.settle()
 
-    def _run(self, chosen: Sequence[SequenceState], pieces: Sequence[Sequence[int]]) -> _Ran | None:
+    def _run(self, chosen: Sequence[SequenceState], pieces: Sequence[Sequence[int]]) -> StepResult | None:
         """One step of the verifier over the next tokens of some sequences, for which there is room.
 
         The last token of a prompt and every later one is asked what follows it. None where there is nothing to run or
@@ -285,21 +245,13 @@ class Engine:
             for sequence in chosen:
                 self.roster.fail(sequence.state, InternalError(f"the model failed: {error}"))
             return None
-        return _Ran.of(batch, output, time.perf_counter() - begin)
+        return StepResult.of(batch, output, time.perf_counter() - begin)
 
-    def _clear_broken(self, chosen: Sequence[SequenceState], targets: Sequence[TargetRows]) -> list[int]:
-        """Clear the rows of drafts whose logits are not finite: most fall before they are looked at, and would stay.
-
-        Returns how many tokens of each sequence, from the first on, have finite logits.
-        """
-        sound = []
-        for sequence, target in zip(chosen, targets, strict=True):
-            count = len(target.top_logit)
-            good = next((place for place, peak in enumerate(target.top_logit) if not math.isfinite(peak)), count)
-            if good < count:
-                self.cache.scrub(sequence.held_slot, sequence.held_slot.length + good)
-            sound.append(good)
-        return sound
+    def _clear_broken(self, chosen: Sequence[SequenceState], ran: StepResult) -> None:
+        """Clear the rows of drafts whose logits are not finite: most fall before they are looked at, and would stay."""
+        for sequence, target, sound in zip(chosen, ran.targets, ran.sound, strict=True):
+            if sound < len(target.top_logit):
+                self.cache.scrub(sequence.held_slot, sequence.held_slot.length + sound)
 
     def _make_room(self, chosen: Sequence[SequenceState], pieces: Sequence[Sequence[int]]) -> None:
         """Bring the cache into the shape that the next tokens of these sequences want. May move them to other slots."""
