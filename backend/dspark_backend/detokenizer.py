@@ -28,12 +28,14 @@ class IncrementalDetokenizer:
         """Make the text continue a prompt; call it before the first push.
 
         The first word then keeps its leading space, and bytes that end the prompt in the middle of a character count:
-        that character comes out with the token that completes it.
+        that character comes out with the token that completes it. Whole characters of the prompt never come out.
         """
         if prompt_ids:
             for step in self._steps:
                 step.start_midway()
             self.push(prompt_ids[-_PROMPT_TAIL:])
+            for step in self._steps:
+                step.end_prompt()
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that became final with these tokens; maybe empty."""

@@ -33,6 +33,9 @@ class Step:
     def start_midway(self) -> None:
         """Behave as if text had come before: nothing is treated as the beginning of the answer."""
 
+    def end_prompt(self) -> None:
+        """What came until now was the prompt: none of its whole characters may come out any more."""
+
 
 def _byte_alphabet() -> dict[str, int]:
     """Character -> byte of byte-level BPE: printable Latin-1 stands for itself, other bytes follow from U+0100 on."""
@@ -71,11 +74,17 @@ class ByteLevel(Step):
 class ByteFallback(Step):
     """Tokens ``<0x00>`` to ``<0xFF>``: a run of them is its UTF-8 text or, if invalid anywhere, one U+FFFD a byte.
 
-    So a run's text is final only when the run ends, or as soon as it cannot become valid any more.
+    So a run's text is final only when the run ends, or as soon as it cannot become valid any more. Of a run that begins
+    in the prompt only what follows the prompt's whole characters counts.
     """
 
     def __init__(self) -> None:
+        self._tail = 0
         self._restart()
+
+    def start_midway(self) -> None:
+        # A prompt is not read from its beginning, so that a run of it may seem to start inside a character.
+        self._tail = 3
 
     def _restart(self) -> None:
         self._run = 0
@@ -88,6 +97,7 @@ class ByteFallback(Step):
         for piece in pieces:
             match = _BYTE_TOKEN.fullmatch(piece)
             if match is None:
+                self._tail = 0
                 out += self.finish()
                 out.append(piece)
             else:
@@ -95,6 +105,10 @@ class ByteFallback(Step):
         return out
 
     def _push_byte(self, byte: int, out: list[str]) -> None:
+        if self._tail and 0x80 <= byte < 0xC0:
+            self._tail -= 1
+            return
+        self._tail = 0
         self._run += 1
         if not self._broken:
             try:
@@ -104,6 +118,12 @@ class ByteFallback(Step):
                 self._broken = True
                 out += [_REPLACEMENT] * (self._run - 1)
         out.append(_REPLACEMENT)
+
+    def end_prompt(self) -> None:
+        self._tail = 0
+        if not self._broken:
+            self._run -= len("".join(self._text).encode())
+            self._text = []
 
     def finish(self) -> list[str]:
         if not self._run:
