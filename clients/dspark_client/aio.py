@@ -213,19 +213,18 @@ class AsyncDSparkClient:
                     yield piece
             reader.check_finished()
         except grpc.RpcError as error:
-            raise error_from_rpc(error, self.settings.url) from error
+            # What breaks behind the last response takes nothing of the answer away.
+            if not reader.finished:
+                raise error_from_rpc(error, self.settings.url) from error
         except asyncio.CancelledError as error:
-            # close() cancels streams, and grpc.aio then raises this in tasks that nobody cancelled.
-            task = asyncio.current_task()
-            if self._closed and task is not None and not task.cancelling():
-                raise RequestCancelledError("the client was closed while the request ran") from error
+            self._tell_closed(error)
             raise
         finally:
             self._running.discard(stream)
             stream.cancel()
 
     async def _probe(self, timeout: float) -> bool:
-        arguments = {"timeout": timeout, "metadata": self.settings.connection.metadata()}
+        arguments = {"timeout": Deadline(timeout).remaining(), "metadata": self.settings.connection.metadata()}
         try:
             model = service_pb2.ModelReadyRequest(name=self.settings.model_name, version=self.settings.model_version)
             return bool(
@@ -234,6 +233,9 @@ class AsyncDSparkClient:
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error, self.settings.url) from error
+        except asyncio.CancelledError as error:
+            self._tell_closed(error)
+            raise
 
     async def _unary(self, method: Callable[..., Awaitable[_T]], request: object, timeout: float | None) -> _T:
         deadline = Deadline(self.settings.timeout if timeout is None else timeout)
@@ -247,8 +249,17 @@ class AsyncDSparkClient:
                 wait = self.settings.retry.wait_after(error, attempt, started=False, deadline=deadline, rng=self._rng)
                 if wait is None:
                     raise error from rpc_error
+            except asyncio.CancelledError as cancelled:
+                self._tell_closed(cancelled)
+                raise
             await asyncio.sleep(wait)
             attempt += 1
+
+    def _tell_closed(self, error: asyncio.CancelledError) -> None:
+        """Raises RequestCancelledError where close() is the reason: grpc.aio then cancels in tasks nobody cancelled."""
+        task = asyncio.current_task()
+        if self._closed and task is not None and not task.cancelling():
+            raise RequestCancelledError("the client was closed while the request ran") from error
 
     def _check_open(self) -> None:
         if self._closed:

@@ -65,9 +65,10 @@ class ClientSettings:
         deadline = Deadline(seconds)
         if seconds is None and options.timeout_ms is not None and isinstance(options.timeout_ms, int):
             # The server's own message should win; this only bounds a server that does not answer at all.
-            deadline = Deadline(max(options.timeout_ms, 0) / 1000 + _SERVER_DEADLINE_GRACE_S)
+            server_ms = min(max(options.timeout_ms, 0), _TIMEOUT_MS_MAX)
+            deadline = Deadline(server_ms / 1000 + _SERVER_DEADLINE_GRACE_S)
         elif seconds is not None and options.timeout_ms is None:
-            options = replace(options, timeout_ms=min(max(1, math.ceil(seconds * 1000)), _TIMEOUT_MS_MAX))
+            options = replace(options, timeout_ms=max(1, math.ceil(min(seconds * 1000, _TIMEOUT_MS_MAX))))
         request = build_request(
             prompt,
             options,

@@ -210,12 +210,14 @@ class DSparkClient:
                 yield from reader.read(message)
             reader.check_finished()
         except grpc.RpcError as error:
-            raise error_from_rpc(error, self.settings.url) from error
+            # What breaks behind the last response takes nothing of the answer away.
+            if not reader.finished:
+                raise error_from_rpc(error, self.settings.url) from error
         finally:
             stream.cancel()
 
     def _probe(self, timeout: float) -> bool:
-        arguments = {"timeout": timeout, "metadata": self.settings.connection.metadata()}
+        arguments = {"timeout": Deadline(timeout).remaining(), "metadata": self.settings.connection.metadata()}
         try:
             model = service_pb2.ModelReadyRequest(name=self.settings.model_name, version=self.settings.model_version)
             return bool(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass, field
+from numbers import Real
 
 from dspark_client.errors import DSparkClientError, InvalidRequestError, ServerConnectionError, ServerUnavailableError
 
@@ -56,19 +57,27 @@ class RetryPolicy:
         return wait if remaining is None or wait < remaining else None
 
 
+_LONGEST_S = 1e9
+"""gRPC takes a deadline some hundred years away for one that passed."""
+
+
 @dataclass(frozen=True)
 class Deadline:
-    """A point of the monotonic clock, or none."""
+    """A point of the monotonic clock, or none.
+
+    Raises:
+        InvalidRequestError: ``timeout_s`` is no number above 0.
+    """
 
     timeout_s: float | None
     started_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise InvalidRequestError(f"timeout: expected a positive number of seconds, got {self.timeout_s}")
+        if self.timeout_s is not None and not (isinstance(self.timeout_s, Real) and self.timeout_s > 0):
+            raise InvalidRequestError(f"timeout: expected a positive number of seconds, got {self.timeout_s!r}")
 
     def remaining(self) -> float | None:
-        """Seconds left, at least 0; None without a deadline."""
+        """Seconds left, at least 0 and no more than gRPC can count; None without a deadline."""
         if self.timeout_s is None:
             return None
-        return max(0.0, self.started_s + self.timeout_s - time.monotonic())
+        return min(max(0.0, self.started_s + self.timeout_s - time.monotonic()), _LONGEST_S)

@@ -1,5 +1,7 @@
 """Options of the connection, and what a request's time becomes on the wire."""
 
+import math
+
 import numpy as np
 import pytest
 from scripted_server import piece, serving
@@ -93,6 +95,7 @@ def test_a_timeout_bounds_the_client_and_the_server():
     assert prepared(default=2) == (2000, 2)
     assert prepared(default=2, timeout=0.0001) == (1, 0.0001)
     assert prepared(timeout=1e9) == (2**31 - 1, 1e9)
+    assert prepared(timeout=math.inf) == (2**31 - 1, math.inf)
 
 
 def test_the_servers_own_deadline_is_kept_and_the_client_waits_longer_than_it():
@@ -100,3 +103,5 @@ def test_the_servers_own_deadline_is_kept_and_the_client_waits_longer_than_it():
     sent, patience = prepared(GenerateOptions(timeout_ms=300))
     assert sent == 300
     assert 0.3 < patience < 10
+    with pytest.raises(InvalidRequestError, match="^timeout_ms: expected"):
+        prepared(GenerateOptions(timeout_ms=10**400))

@@ -4,6 +4,7 @@ Every case runs through both clients.
 """
 
 import asyncio
+import math
 import threading
 import time
 from contextlib import aclosing, closing
@@ -111,6 +112,21 @@ def test_a_stream_that_just_ends_is_an_error(stream):
 
 
 @both
+@pytest.mark.parametrize("end", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, 30.0])
+def test_what_breaks_behind_the_last_piece_costs_nothing(stream, end):
+    with serving([piece("a"), piece("b", last=True), end], [piece("never", last=True)]) as (script, url):
+        assert stream(url, timeout=0.4) == (["a", "b"], None)
+        assert len(script.requests) == 1
+
+
+@both
+@pytest.mark.parametrize("timeout", [math.inf, 1e12])
+def test_a_long_timeout_is_not_one_that_passed(stream, timeout):
+    with serving([piece("a", last=True)]) as (_, url):
+        assert stream(url, timeout=timeout) == (["a"], None)
+
+
+@both
 def test_a_stream_that_ends_before_anything_came_is_tried_again(stream):
     with serving([], [piece("a", last=True)]) as (_, url):
         assert stream(url) == (["a"], None)
@@ -208,6 +224,23 @@ def test_closing_the_asyncio_client_ends_what_runs():
     with serving([piece("a"), 30.0]) as (script, url):
         asyncio.run(run(url))
         assert script.cancelled.wait(5)
+
+
+@pytest.mark.parametrize("method", ["statistics", "is_ready"])
+def test_closing_the_asyncio_client_cancels_no_task(method):
+    async def run(url, script):
+        client = AsyncDSparkClient(url)
+        task = asyncio.create_task(getattr(client, method)())
+        assert await asyncio.to_thread(script.asked.wait, 5)
+        await client.close()
+        if method == "is_ready":
+            assert await task is False
+        else:
+            with pytest.raises(RequestCancelledError, match="closed"):
+                await task
+
+    with serving() as (script, url):
+        asyncio.run(run(url, script))
 
 
 def test_no_thread_outlives_a_client():

@@ -1,5 +1,6 @@
 """A request is sent again only where that is safe, and never past its deadline."""
 
+import math
 import random
 import time
 
@@ -82,7 +83,11 @@ def test_settings_are_checked(settings):
         RetryPolicy(**settings)
 
 
-@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_a_deadline_is_no_longer_than_grpc_can_count():
+    assert Deadline(math.inf).remaining() == Deadline(1e300).remaining() == 1e9
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), "5"])
 def test_a_timeout_is_positive(seconds):
     with pytest.raises(errors.InvalidRequestError, match="timeout: expected"):
         Deadline(seconds)

@@ -46,6 +46,14 @@ class Scripted(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.requests = []
         self.metadata = []
         self.cancelled = threading.Event()
+        self.asked = threading.Event()
+
+    def ServerReady(self, request, context):
+        """Asked something that is no stream, it hangs."""
+        self.asked.set()
+        self.cancelled.wait(30)
+
+    ModelStatistics = ServerReady
 
     def ModelStreamInfer(self, request_iterator, context):
         context.add_callback(lambda: None if context.code() else self.cancelled.set())
