@@ -6,6 +6,7 @@ reached, 5 the time ran out, 6 the request was cancelled by the server, 130 inte
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -79,6 +80,8 @@ def generate(
             with closing(client.stream(**arguments)) as pieces:
                 for piece in pieces:
                     output.write_json(piece)
+                    if stats and piece.usage:
+                        output.write_usage(piece.usage)
         elif stream and sequences in (None, 1):
             with closing(client.stream(**arguments)) as pieces:
                 _, usage = output.write_text_pieces(pieces)
@@ -174,13 +177,7 @@ def _answer(
     client: DSparkClient, turn: Sequence[Message], options: GenerateOptions, *, stats: bool, as_json: bool
 ) -> Message:
     with closing(client.stream(messages=turn, options=options)) as pieces:
-        if as_json:
-            texts = []
-            for piece in pieces:
-                output.write_json(piece)
-                texts.append(piece.text)
-            return Message("assistant", "".join(texts))
-        text, usage = output.write_text_pieces(pieces)
+        text, usage = output.write_json_pieces(pieces) if as_json else output.write_text_pieces(pieces)
     if stats and usage:
         output.write_usage(usage)
     return Message("assistant", text)
@@ -206,4 +203,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def main() -> None:
     """Entry point of ``dspark``."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal's encoding lacks must not cost the rest of the answer.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))

@@ -49,6 +49,16 @@ def write_text_pieces(pieces: Iterable[Piece]) -> tuple[str, Usage | None]:
     return "".join(texts), usage
 
 
+def write_json_pieces(pieces: Iterable[Piece]) -> tuple[str, Usage | None]:
+    """Writes pieces of one sequence as they come, a line each; returns the whole text and the usage."""
+    texts, usage = [], None
+    for piece in pieces:
+        write_json(piece)
+        texts.append(piece.text)
+        usage = piece.usage or usage
+    return "".join(texts), usage
+
+
 def write_completions(completions: Sequence[Completion]) -> None:
     """Writes whole answers, under a line each that numbers them if there are several."""
     for completion in completions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ _COMPRESSION: Mapping[str | None, grpc.Compression] = {
 }
 # Asks Triton to end a stream with the error's gRPC status. Version 2.51 crashes over it (SIGSEGV after a few errors).
 _CRASHING_HEADER = "triton_grpc_error"
+_HEADER_NAME = re.compile(r"[0-9a-z_.-]+")
+_HEADER_VALUE = re.compile(r"[ -~]*")
+_LONGEST_PING_S = 2_000_000.0
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,22 @@ class KeepaliveOptions:
 
     A server closes connections that ping more often than it allows (Triton's default: every 300 s without data; raise
     it there with ``--grpc-http2-min-recv-ping-interval-without-data`` first).
+
+    Raises:
+        InvalidRequestError: a time is not above 0, or longer than gRPC can count.
     """
 
     interval_s: float
     timeout_s: float = 20.0
     without_calls: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("interval_s", "timeout_s"):
+            seconds = getattr(self, name)
+            if not 0.001 <= seconds <= _LONGEST_PING_S:
+                raise InvalidRequestError(
+                    f"keepalive: expected {name} from 0.001 to {_LONGEST_PING_S:.0f}, got {seconds}"
+                )
 
 
 @dataclass(frozen=True)
@@ -87,11 +102,13 @@ class ConnectionOptions:
         """The headers of a call: the connection's, then its own over them.
 
         Raises:
-            InvalidRequestError: a header that crashes the server.
+            InvalidRequestError: a header that gRPC cannot send as text, or that crashes the server.
         """
         merged = {}
         for given in (self.headers, headers or {}):
-            merged.update({name.lower(): value for name, value in given.items()})
+            for name, value in given.items():
+                _check_header(name, value)
+                merged[name.lower()] = value
         if _CRASHING_HEADER in merged:
             raise InvalidRequestError(f"headers: expected none named {_CRASHING_HEADER}: it crashes Triton 2.51")
         return tuple(merged.items())
@@ -141,6 +158,16 @@ def check_url(url: str) -> None:
     scheme = url.partition("://")[0] if "://" in url else ""
     if not url or scheme in {"http", "https", "grpc", "grpcs"}:
         raise InvalidRequestError(f"url: expected host:port of Triton's gRPC service (localhost:8001), got {url!r}")
+
+
+def _check_header(name: object, value: object) -> None:
+    if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name.lower()) or name.lower().endswith("-bin"):
+        raise InvalidRequestError(
+            f"headers: expected names of letters, digits, '-', '_' and '.' that do not end in '-bin', got {name!r}"
+        )
+    if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
+        # Not the value: it may be a password.
+        raise InvalidRequestError(f"headers: expected printable ASCII text as the value of {name!r}")
 
 
 def parse_headers(lines: Sequence[str]) -> dict[str, str]:

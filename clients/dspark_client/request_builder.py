@@ -54,6 +54,10 @@ def build_request(
     Raises:
         InvalidRequestError: a value cannot be written as its tensor; the message names the tensor and the value.
     """
+    names = {"model_name": model_name, "model_version": model_version, "request_id": request_id}
+    for name, text in names.items():
+        if not isinstance(text, str) or not _is_unicode(text):
+            raise InvalidRequestError(f"{name}: expected text, got {text!r}")
     request = service_pb2.ModelInferRequest(model_name=model_name, model_version=model_version, id=request_id)
     values = _values(prompt, options, stream)
     for spec in INPUTS:
@@ -77,6 +81,8 @@ def encode(spec: TensorSpec, value: object) -> npt.NDArray[np.generic]:
         items: list[object] = [value]
     elif isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence | np.ndarray):
         raise InvalidRequestError(f"{spec.name}: expected a list, got {value!r}")
+    elif isinstance(value, np.ndarray) and value.ndim != 1:
+        raise InvalidRequestError(f"{spec.name}: expected an array of one dimension, got shape {list(value.shape)}")
     else:
         items = list(value)
         if not items:
@@ -104,7 +110,7 @@ def _messages_json(messages: Sequence[ChatMessage]) -> str:
             [asdict(m) if is_dataclass(m) and not isinstance(m, type) else dict(m) for m in messages],  # type: ignore[arg-type]
             ensure_ascii=False,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(
             f"messages: expected Message objects or mappings that JSON can hold, got one it cannot: {error}"
         ) from error
@@ -112,9 +118,12 @@ def _messages_json(messages: Sequence[ChatMessage]) -> str:
 
 def _integer(spec: TensorSpec, value: object) -> int:
     limits = np.iinfo(spec.datatype.lower())
-    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
-        raise InvalidRequestError(f"{spec.name}: expected an integer, got {value!r}")
-    number = operator.index(value)
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]  # TypeError where it is none
+    except TypeError:
+        raise InvalidRequestError(f"{spec.name}: expected an integer, got {value!r}") from None
     if not limits.min <= number <= limits.max:
         raise InvalidRequestError(
             f"{spec.name}: expected an integer from {limits.min} to {limits.max} ({spec.datatype}), got {number}"
@@ -138,6 +147,14 @@ def _flag(spec: TensorSpec, value: object) -> bool:
     if not isinstance(value, bool | np.bool_):
         raise InvalidRequestError(f"{spec.name}: expected True or False, got {value!r}")
     return bool(value)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _text(spec: TensorSpec, value: object) -> bytes:

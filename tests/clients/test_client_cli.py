@@ -1,8 +1,11 @@
 """The command line where no server is needed: arguments, exit codes, one line of error."""
 
+import io
 import json
 
 import pytest
+from scripted_server import piece as scripted
+from scripted_server import serving
 
 from dspark_client import cli
 from dspark_client.cli_options import SamplingOptions, parse_ids
@@ -29,6 +32,7 @@ NOWHERE = ["--url", "localhost:1", "--retries", "0"]
         (["generate", "1", "--ids", "--chat", *NOWHERE], "got both"),
         (["generate", "x", "--url", "http://localhost:8000"], "host:port"),
         (["generate", "x", "--header", "novalue", *NOWHERE], "name=value"),
+        (["generate", "x", "--header", "a b=c", *NOWHERE], "headers: expected"),
         (["generate", "x", "--compression", "zip", *NOWHERE], "gzip"),
         (["generate", "x", "--tls-ca", "missing.pem", *NOWHERE], "PEM"),
         (["generate", "x", "--tls-cert", "a.pem", *NOWHERE], "together"),
@@ -101,6 +105,26 @@ def test_json_is_one_line_that_reads_back(capsys):
     assert line.count("\n") == 1
     assert json.loads(line)["text"] == "ü\n"
     assert json.loads(line)["usage"]["rounds"] == 1
+
+
+@pytest.mark.parametrize("arguments", [["generate", "x"], ["chat"]])
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_stats_are_told_whatever_the_form_of_the_answer(arguments, form, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    with serving([scripted("a"), scripted("b", last=True)]) as (_, url):
+        assert cli.run([*arguments, *form, "--stats", "--url", url]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == (2 if form else 1)
+    assert captured.err.startswith("1 tokens in, 1 out") and captured.err.count("\n") == 1
+
+
+def test_a_character_that_stdout_lacks_does_not_cost_the_answer(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    with serving([scripted("\u20ac"), scripted("b", last=True)]) as (_, url), pytest.raises(SystemExit) as ended:
+        monkeypatch.setattr("sys.argv", ["dspark", "generate", "x", "--url", url])
+        cli.main()
+    assert (ended.value.code, raw.getvalue()) == (0, b"\\u20acb\n")
 
 
 def test_url_comes_from_the_environment(monkeypatch, capsys):

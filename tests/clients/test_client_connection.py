@@ -48,6 +48,23 @@ def test_a_header_that_crashes_the_server_is_refused():
         ConnectionOptions().metadata({"Triton_gRPC_error": "true"})
 
 
+@pytest.mark.parametrize(
+    "headers", [{"a b": "x"}, {"": "x"}, {"ä": "x"}, {"a-bin": "x"}, {"a": "ä"}, {"a": "b\n"}, {"a": 5}]
+)
+def test_a_header_that_grpc_cannot_send_is_refused(headers):
+    with pytest.raises(InvalidRequestError, match=r"^headers: expected"):
+        ConnectionOptions().metadata(headers)
+    with pytest.raises(InvalidRequestError, match=r"^headers: expected"):
+        ConnectionOptions(headers=headers).metadata()
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf, 1e7])
+def test_keepalive_times_are_checked(seconds):
+    for times in ({"interval_s": seconds}, {"interval_s": 1.0, "timeout_s": seconds}):
+        with pytest.raises(InvalidRequestError, match=r"^keepalive: expected"):
+            KeepaliveOptions(**times)
+
+
 def test_headers_are_read_from_lines():
     assert parse_headers(["a=b=c", "d="]) == {"a": "b=c", "d": ""}
     for line in ("novalue", "=x"):
@@ -103,5 +120,5 @@ def test_the_servers_own_deadline_is_kept_and_the_client_waits_longer_than_it():
     sent, patience = prepared(GenerateOptions(timeout_ms=300))
     assert sent == 300
     assert 0.3 < patience < 10
-    with pytest.raises(InvalidRequestError, match="^timeout_ms: expected"):
+    with pytest.raises(InvalidRequestError, match=r"^timeout_ms: expected"):
         prepared(GenerateOptions(timeout_ms=10**400))

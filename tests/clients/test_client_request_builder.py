@@ -60,6 +60,13 @@ def tensors(request):
     return read
 
 
+def nested(depth):
+    inner = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
 def spec_of(name):
     return next(spec for spec in INPUTS if spec.name == name)
 
@@ -154,15 +161,26 @@ def test_what_a_tensor_cannot_hold_is_refused_by_name(name, value):
         {"input_ids": "12"},
         {"input_ids": [1.5]},
         {"input_ids": [2**31]},
+        {"input_ids": np.array([[1, 2], [3, 4]])},
+        {"input_ids": np.array(3)},
+        {"input_ids": [np.array([1, 2])]},
         {"messages": "hi"},
         {"messages": {"role": "user", "content": "hi"}},
         {"messages": [3]},
         {"messages": [{"role": "user", "content": object()}]},
+        {"messages": [{"role": "user", "content": nested(5000)}]},
     ],
 )
 def test_a_prompt_that_cannot_be_sent_is_refused_by_name(prompt):
     with pytest.raises(InvalidRequestError, match=rf"^{next(iter(prompt))}: expected"):
         built(prompt)
+
+
+@pytest.mark.parametrize("name", ["model_version", "request_id"])
+@pytest.mark.parametrize("value", [1, "\ud800"])
+def test_names_are_text(name, value):
+    with pytest.raises(InvalidRequestError, match=rf"^{name}: expected"):
+        built({"text_input": "x"}, **{name: value})
 
 
 def test_what_only_the_server_can_judge_is_sent():
