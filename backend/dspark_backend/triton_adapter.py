@@ -22,6 +22,7 @@ from dspark_backend.errors import DSparkError, InternalError, InvalidRequest
 from dspark_backend.metrics import Counter, EngineMetrics, Gauge, Histogram
 from dspark_backend.outbox import Outbox, Parcel
 from dspark_backend.request import GenerationRequest
+from dspark_backend.roster import SEE_LOG
 from dspark_backend.runner import EngineRunner
 from dspark_backend.sequence import RequestState
 from dspark_backend.triton_common import model_folder, read_parameters, triton_error
@@ -40,6 +41,15 @@ def _guarded(work: Callable[[], None]) -> None:
         logger.exception("the sending thread met an error")
 
 
+def _respond(call: _Call, result: list[Delta] | DSparkError, last: bool) -> None:
+    if isinstance(result, DSparkError):
+        response = pb_utils.InferenceResponse(error=triton_error(result))
+    else:
+        tensors = [pb_utils.Tensor(name, array) for name, array in render(result).items()]
+        response = pb_utils.InferenceResponse(tensors)
+    call.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+
+
 @dataclass(eq=False)
 class _Call:
     """One request on its way through: implements :class:`~dspark_backend.sequence.Sink`."""
@@ -48,6 +58,8 @@ class _Call:
     collector: Collector
     outbox: Outbox[_Call]
     state: RequestState | None = None
+    lost: bool = False
+    """A response could not be sent, and an error took its place: nothing may follow."""
 
     def delta(self, delta: Delta, last: bool) -> None:
         deltas = self.collector.take(delta, last)
@@ -103,7 +115,7 @@ class DSparkModel:
             return
         except Exception:  # a defect must cost this request alone
             logger.exception("a request could not be read")
-            call.error(InternalError("internal error; the server's log has the details"))
+            call.error(InternalError(SEE_LOG))
 
     def _parse(self, request: Any) -> GenerationRequest:
         try:
@@ -130,17 +142,17 @@ class DSparkModel:
                 return
 
     def _send(self, call: _Call, result: list[Delta] | DSparkError, last: bool) -> None:
+        if call.lost:
+            return
         try:
-            if isinstance(result, DSparkError):
-                response = pb_utils.InferenceResponse(error=triton_error(result))
-            else:
-                tensors = [pb_utils.Tensor(name, array) for name, array in render(result).items()]
-                response = pb_utils.InferenceResponse(tensors)
-            call.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0)
+            _respond(call, result, last)
         except Exception:  # the other requests' answers must go out
             logger.exception("a response could not be sent")
+            call.lost = last = True
             if call.state is not None:
                 self._runner.cancel(call.state)
+            # An answer with a hole must not look whole, nor a client wait for an end that never comes.
+            _guarded(lambda: _respond(call, InternalError(SEE_LOG), True))
         if last:
             self._open.discard(call)
 

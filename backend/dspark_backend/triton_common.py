@@ -24,10 +24,17 @@ _CODES = {
 _TRITONS_OWN = frozenset({"EXECUTION_ENV_PATH", "FORCE_CPU_ONLY_INPUT_TENSORS", "TRITON_AUTO_COMPLETE_CONFIG"})
 
 
+_LONGEST_MESSAGE = 2000
+"""Characters: messages quote what came, and that may be megabytes."""
+
+
 def triton_error(error: DSparkError) -> Any:
     """Triton's error of ours: the code, and a message that starts with the status in brackets."""
     code = getattr(pb_utils.TritonError, _CODES[error.status])
-    return pb_utils.TritonError(f"[{error.status.value}] {error}", code)
+    text = str(error)
+    if len(text) > _LONGEST_MESSAGE:
+        text = f"{text[:_LONGEST_MESSAGE]}..."
+    return pb_utils.TritonError(f"[{error.status.value}] {text}", code)
 
 
 def read_parameters(args: dict[str, str]) -> dict[str, str]:
