@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from dspark_backend.calibration import sigmoid
 from dspark_backend.errors import InvalidRequest
 from dspark_backend.kv_cache import capacity_for
-from dspark_backend.request import SamplingParams
+from dspark_backend.request import LEAST_TEMPERATURE, SamplingParams
 from dspark_backend.rng import Purpose, RngStreams
 from dspark_backend.stages.artifact import DrafterArtifact
 from dspark_backend.stages.batch import FloatArray, IntArray
@@ -129,7 +129,7 @@ def _batch(query: DraftQuery, artifact: DrafterArtifact, context: ContextRows) -
         temperature, top_k = 1.0, 1
     else:
         uniforms = RngStreams(sampling.seed).uniforms(Purpose.DRAFT, artifact.block_size, np.float32)
-        temperature = sampling.temperature
+        temperature = max(sampling.temperature, LEAST_TEMPERATURE)
         top_k = min(sampling.top_k if sampling.top_k > 0 else artifact.num_candidates, artifact.num_candidates)
     return DraftBatch(
         context=context,

@@ -20,12 +20,10 @@ import numpy as np
 
 from dspark_backend.acceptance import Proposal
 from dspark_backend.bad_words import TokenIds
-from dspark_backend.request import GenerationRequest, SamplingParams
+from dspark_backend.request import LEAST_TEMPERATURE, GenerationRequest, SamplingParams
 from dspark_backend.sampling import Probabilities, draw
 from dspark_backend.stages.batch import RankedRows
 
-_LEAST_TEMPERATURE = 1e-30
-"""A little above the least normal float32."""
 _SUM_ERROR = 1e-5
 """Relative, of a sum over the vocabulary in float32; far more than a sum by pieces has."""
 _ROUNDING = 1e-12
@@ -38,7 +36,7 @@ def ranking_temperature(request: GenerationRequest) -> float:
     Greedy requests draw nothing, penalties change the logits, and log-probabilities are of another temperature.
     """
     params = request.sampling
-    reads = params.penalises or request.log_probs or params.temperature < _LEAST_TEMPERATURE
+    reads = params.penalises or request.log_probs or params.temperature < LEAST_TEMPERATURE
     return 0.0 if reads else params.temperature
 
 

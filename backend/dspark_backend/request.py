@@ -12,6 +12,8 @@ MAX_STOP_STRINGS = 64
 MAX_BAD_WORDS = 256
 MAX_WORD_CHARS = 1024
 MAX_SEQUENCES = 64
+LEAST_TEMPERATURE = 1e-30
+"""A little above the least normal float32: dividing by less overflows it."""
 
 
 def _require(condition: bool, message: str) -> None:

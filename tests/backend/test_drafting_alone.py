@@ -88,6 +88,14 @@ def test_the_first_draft_follows_the_probabilities_that_are_reported(stage):
         assert abs(counts.get(token, 0) - 2000 * probability) < 5 * spread + 1
 
 
+def test_the_least_temperature_there_is_drafts_greedily(stage):
+    features = random_features(stage, 20)
+    greedy = draft_alone(stage, DraftQuery(features, 3))
+    least = draft_alone(stage, DraftQuery(features, 3, SamplingParams(temperature=float(np.float32(1e-45)), seed=1)))
+    assert least.tokens.tolist() == greedy.tokens.tolist()
+    assert least.probabilities.tolist() == greedy.probabilities.tolist()
+
+
 def test_top_p_and_top_k_cut_the_candidates(stage):
     features = random_features(stage, 20)
 

@@ -50,6 +50,15 @@ def test_accepted_counts_of_the_reference(speculating, name):
     assert [record.accepted for record in driver.records][: len(expected)] == expected
 
 
+def test_drafts_stand_at_the_least_temperature_there_is(speculating):
+    greedy, golden = golden_request("qwen3_vanilla")
+    least, _ = golden_request("qwen3_vanilla", temperature=1.4e-45, seed=1)
+    answers = speculating(policy="fixed:64").run(greedy, least)
+    assert [sink.tokens() for sink in answers] == [golden["greedy"].tolist()] * 2
+    accepted = [sink.deltas[-1].usage.accepted_draft_tokens for sink in answers]
+    assert accepted[0] == accepted[1] > 0
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", artifacts.GOLDEN_NAMES)
 def test_greedy_text_is_the_same_under_every_policy(speculating, name, policy):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dspark_backend.request import SamplingParams
+from dspark_backend.request import LEAST_TEMPERATURE, SamplingParams
 from dspark_backend.stages.batch import FloatArray, IntArray
 from dspark_backend.stages.rows import Rows
 
@@ -42,7 +42,9 @@ class DraftSampling:
         """As requests want their tokens drawn, from at most ``num_candidates``."""
         top_k = [1 if one.greedy else one.top_k if one.top_k > 0 else num_candidates for one in params]
         return cls(
-            temperature=np.array([1.0 if one.greedy else one.temperature for one in params], dtype=np.float32),
+            temperature=np.array(
+                [1.0 if one.greedy else max(one.temperature, LEAST_TEMPERATURE) for one in params], dtype=np.float32
+            ),
             top_k=np.minimum(np.array(top_k, dtype=np.int64), num_candidates),
             top_p=np.array([one.top_p for one in params], dtype=np.float32),
             min_p=np.array([one.min_p for one in params], dtype=np.float32),
