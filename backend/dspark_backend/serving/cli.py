@@ -62,7 +62,11 @@ def serve(
     base = Ports() if port_base is None else Ports.from_base(port_base)
     options = ServeOptions(
         model_repository=model_repository,
-        ports=Ports(http_port or base.http, grpc_port or base.grpc, metrics_port or base.metrics),
+        ports=Ports(
+            base.http if http_port is None else http_port,
+            base.grpc if grpc_port is None else grpc_port,
+            base.metrics if metrics_port is None else metrics_port,
+        ),
         host=host,
         models=tuple(model or ()),
         log_file=log_file,

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
-from dspark_backend.errors import DSparkError
+from dspark_backend.errors import ConfigError, DSparkError
 from dspark_backend.serving import deathsig, health, orphans, server_log
 from dspark_backend.serving.distribution import Distribution, server_environment
 from dspark_backend.serving.idle import requests_in_flight
@@ -112,6 +114,7 @@ class TritonServer:
 
         Raises:
             PortInUse: before anything is started.
+            ConfigError: the host is none to listen on, or the log file cannot be written.
         """
         self.options.ports.check_free(self.options.host)
         if clean_orphans:
@@ -120,9 +123,8 @@ class TritonServer:
         log.debug("starting %s", " ".join(command))
         path = self.options.log_file
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self.log_start = path.stat().st_size if path.exists() else 0
-        with path.open("ab") if path else nullcontext() as output:
+        with _log(path) if path else nullcontext() as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-S", "-E", deathsig.__file__, str(os.getpid()), *command],
                 env=server_environment(self.distribution),
@@ -246,6 +248,14 @@ class TritonServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _log(path: Path) -> BinaryIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("ab")
+    except OSError as error:
+        raise ConfigError(f"log file: expected a file that can be written, got {path} ({error.strerror})") from error
 
 
 def _reachable(host: str) -> str:

@@ -70,7 +70,14 @@ class Ports:
     def check_free(self, host: str) -> None:
         """Raises:
         PortInUse: names the first port that cannot be bound on ``host``.
+        ConfigError: ``host`` is no IPv4 address or name of one.
         """
+        try:
+            socket.getaddrinfo(host, None, socket.AF_INET)
+        except (socket.gaierror, UnicodeError) as error:
+            raise ConfigError(
+                f"host: expected an IPv4 address of this machine, or a name of one, got {host!r} ({error})"
+            ) from error
         for name, port in self.named():
             try:
                 socket.create_server((host, port)).close()
