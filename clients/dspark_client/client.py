@@ -199,7 +199,8 @@ class DSparkClient:
         self._check_open()
         reader = ResponseReader()
         # One request and the end of ours: the server closes the stream after its last response.
-        stream = self._stub.ModelStreamInfer(
+        stream = self._begin(
+            self._stub.ModelStreamInfer,
             iter((call.request,)),
             timeout=call.deadline.remaining(),
             metadata=call.metadata,
@@ -221,8 +222,8 @@ class DSparkClient:
         try:
             model = service_pb2.ModelReadyRequest(name=self.settings.model_name, version=self.settings.model_version)
             return bool(
-                self._stub.ServerReady(service_pb2.ServerReadyRequest(), **arguments).ready
-                and self._stub.ModelReady(model, **arguments).ready
+                self._begin(self._stub.ServerReady, service_pb2.ServerReadyRequest(), **arguments).ready
+                and self._begin(self._stub.ModelReady, model, **arguments).ready
             )
         except grpc.RpcError as error:
             raise error_from_rpc(error, self.settings.url) from error
@@ -233,7 +234,8 @@ class DSparkClient:
         while True:
             self._check_open()
             try:
-                return method(request, timeout=deadline.remaining(), metadata=self.settings.connection.metadata())
+                metadata = self.settings.connection.metadata()
+                return self._begin(method, request, timeout=deadline.remaining(), metadata=metadata)
             except grpc.RpcError as rpc_error:
                 error = error_from_rpc(rpc_error, self.settings.url)
                 wait = self.settings.retry.wait_after(error, attempt, started=False, deadline=deadline, rng=self._rng)
@@ -241,6 +243,14 @@ class DSparkClient:
                     raise error from rpc_error
             time.sleep(wait)
             attempt += 1
+
+    def _begin(self, method: Callable[..., _T], request: object, **arguments: object) -> _T:
+        """Calls ``method``. Raises RequestCancelledError where another thread closed the client just now."""
+        try:
+            return method(request, **arguments)
+        except ValueError:  # so gRPC says that a channel is closed
+            self._check_open()
+            raise
 
     def _check_open(self) -> None:
         if self._closed:

@@ -16,6 +16,8 @@ from dspark_client.errors import InvalidRequestError, ServerConnectionError
 _SAMPLE = re.compile(r"(?P<name>[a-zA-Z_:][\w:]*)\s*(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)(?:\s+-?\d+)?\s*$")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 _ESCAPE = re.compile(r"\\(.)")
+_LONGEST_S = 1e6
+"""A socket takes no number of any size."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def fetch(url: str, prefix: str, timeout_s: float) -> list[Sample]:
     """
     full = _full(url)
     try:
-        with urllib.request.urlopen(full, timeout=timeout_s) as response:
+        with urllib.request.urlopen(full, timeout=min(timeout_s, _LONGEST_S)) as response:
             return list(parse(response.read().decode(), prefix))
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error

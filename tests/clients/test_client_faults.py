@@ -212,6 +212,27 @@ def test_closing_the_client_ends_what_runs():
         client.close()
 
 
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [
+        ("ModelStreamInfer", lambda client: list(client.stream("x"))),
+        ("ModelStatistics", lambda client: client.statistics()),
+        ("ServerReady", lambda client: not client.is_ready() and client.models()),
+    ],
+)
+def test_closing_the_client_between_two_steps_of_a_call(method, call, monkeypatch):
+    client = DSparkClient("localhost:1")
+    begin = getattr(client._stub, method)
+
+    def close_and_begin(*arguments, **options):
+        client.close()  # as another thread may at just this moment
+        return begin(*arguments, **options)
+
+    monkeypatch.setattr(client._stub, method, close_and_begin)
+    with pytest.raises(RequestCancelledError, match="closed"):
+        call(client)
+
+
 def test_closing_the_asyncio_client_ends_what_runs():
     async def run(url):
         client = AsyncDSparkClient(url)

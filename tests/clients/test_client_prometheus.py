@@ -35,7 +35,8 @@ def test_a_wrong_address_is_said():
     for wrong in ("ftp://host/metrics", "http://[::1/metrics"):
         with pytest.raises(InvalidRequestError, match="http://host:port"):
             fetch(wrong, "", 1.0)
-    with pytest.raises(ServerConnectionError, match="http://localhost:1/metrics"):
-        fetch("localhost:1", "", 1.0)
+    for timeout in (1.0, math.inf):
+        with pytest.raises(ServerConnectionError, match="http://localhost:1/metrics"):
+            fetch("localhost:1", "", timeout)
     with pytest.raises(ServerConnectionError, match="http://no host/metrics"):
         fetch("no host", "", 1.0)
