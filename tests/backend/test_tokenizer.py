@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -111,3 +113,32 @@ def test_threads() -> None:
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(tokenizer.encode, texts)) == expected
         assert list(pool.map(tokenizer.decode, expected)) == texts
+
+
+def test_a_long_text_lets_other_threads_run() -> None:
+    tokenizer, text = byte_level(), "hello world " * 10_000
+    begun, rounds = threading.Event(), 0
+
+    def encode() -> list[int]:
+        begun.set()
+        return tokenizer.encode(text)
+
+    with ThreadPoolExecutor(1) as pool:
+        ids = pool.submit(encode)
+        begun.wait()
+        while not ids.done():
+            time.sleep(0.001)
+            rounds += 1
+    assert rounds > 20, "one that holds the interpreter stops every stream of a server"
+    assert tokenizer.decode(ids.result()) == text
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_long_text_becomes_what_a_short_one_does(tmp_path: Path, special: bool) -> None:
+    tokenizer = saved(tmp_path, post_processor=True)
+    short = tokenizer.encode("hello world", add_special_tokens=special)
+    long = tokenizer.encode("hello world" + " hello world" * 1000, add_special_tokens=special)
+    assert long[: len(short)] == short and (long[0] == 1) is special
+    assert len(long) - len(short) == 1000 * (len(short) - special)
+    with pytest.raises(InvalidRequest, match="expected Unicode text"):
+        tokenizer.encode("\ud800" * 5000)
