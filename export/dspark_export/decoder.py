@@ -63,6 +63,13 @@ class Rope:
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+def _require_counts(**sizes: object) -> None:
+    """Raise ValueError, with the name that a config has for it, for a size that is no whole number from 1."""
+    for key, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{key}: expected a whole number from 1, got {size!r}")
+
+
 @dataclass(frozen=True)
 class Attention:
     """Grouped-query attention of a layer, with rotary positions."""
@@ -94,6 +101,9 @@ class Attention:
         return float(self.head_dim**-0.5) if self.fixed_scale is None else self.fixed_scale
 
     def __post_init__(self) -> None:
+        _require_counts(
+            num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads, head_dim=self.head_dim
+        )
         if self.window is not None and self.window < 1:
             raise ValueError(f"sliding_window: expected at least 1, got {self.window}")
         if self.num_heads % self.num_kv_heads:
@@ -108,7 +118,8 @@ class Decoder:
     """A whole target model. Tensor names follow the Hugging Face layout of ``LlamaForCausalLM``.
 
     Raises:
-        ValueError: ``attentions`` are not one a layer, or their query heads differ in number.
+        ValueError: a size is no number from 1, ``attentions`` are not one a layer, or their query heads differ in
+            number.
     """
 
     family: str
@@ -139,6 +150,15 @@ class Decoder:
     """Logits become cap * tanh(logits / cap)."""
 
     def __post_init__(self) -> None:
+        _require_counts(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_hidden_layers=self.num_layers,
+            max_position_embeddings=self.max_position,
+        )
+        if not isinstance(self.norm_eps, float | int) or not self.norm_eps > 0:
+            raise ValueError(f"rms_norm_eps: expected a number above 0, got {self.norm_eps!r}")
         if self.attentions and len(self.attentions) != self.num_layers:
             raise ValueError(f"layer_types: expected {self.num_layers} layers, got {len(self.attentions)}")
         if len({attention.num_heads for attention in self.attentions}) > 1:

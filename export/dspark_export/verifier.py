@@ -30,6 +30,7 @@ from dspark_export.quantization.quality import Quality
 from dspark_export.quantization.round_model import rounded_model
 from dspark_export.quantization.texts import read_texts
 from dspark_export.source import open_weights, resolve_model, source_hash
+from dspark_export.target_tensors import check_tensors
 from dspark_export.tensorrt_graphs import RUNTIME as TENSORRT
 from dspark_export.tensorrt_graphs import check_tensorrt_dtype, write_verifier_graph
 from dspark_export.tokenizer_info import TokenizerInfo
@@ -118,6 +119,8 @@ def export_verifier(options: VerifierExport, progress: Progress) -> ExportedVeri
     if isinstance(decoder, DeepSeekV4):
         check_deepseek(options.runtime, options.dtype)
     require_unquantised(weights.config, f"model {path.name}")
+    if not isinstance(decoder, DeepSeekV4):
+        check_tensors(decoder, weights, path.name)
     taps = _taps(decoder, options.target_layer_ids)
     max_context = min(decoder.max_position, options.max_context or DEFAULT_MAX_CONTEXT)
     if options.max_context and options.max_context > decoder.max_position:

@@ -1,0 +1,77 @@
+"""Whether a checkpoint's tensors are those of the model that its config describes; only headers are read."""
+
+from __future__ import annotations
+
+from dspark_export.decoder import Decoder
+from dspark_export.errors import ExportError
+from dspark_export.weights import WeightSource
+
+_TEXT = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
+"""How names of the language model begin; a multimodal checkpoint has others besides."""
+_TABLE = ".rotary_emb.inv_freq"
+"""End of a buffer in old checkpoints, which follows from the config."""
+_HEAD = "lm_head.weight"
+
+
+def check_tensors(decoder: Decoder, weights: WeightSource, name: str) -> None:
+    """Make sure that every tensor is there in its shape, and that there is none of a larger or another model.
+
+    Raises:
+        ExportError: a tensor is missing, has another shape, or is one that the graph would leave out.
+    """
+    expected = expected_shapes(decoder)
+    for tensor, shape in expected.items():
+        if (got := weights.shape(tensor)) != shape:
+            raise ExportError(
+                f"{tensor}: expected shape {shape} as config.json says, got {got}; the checkpoint's files do not "
+                "belong together"
+            )
+    # A copy of a tied embedding.
+    known = {*expected, _HEAD} if decoder.tied_embedding else {*expected}
+    unknown = sorted(
+        tensor
+        for tensor in weights.names() - known
+        if tensor.startswith(_TEXT) and not tensor.endswith(_TABLE)
+    )  # fmt: skip
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if unknown[1:] else ""
+        raise ExportError(
+            f"model {name}: expected the tensors of {decoder.num_layers} {decoder.family} layers as config.json says, "
+            f"got {unknown[0]}{more} as well, which that model does not have; the checkpoint's files do not belong "
+            "together, or it is of another architecture"
+        )
+
+
+def expected_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    """Every tensor that the graph of a decoder in the layout of Llama reads, with its shape."""
+    hidden, inner, table = decoder.hidden_size, decoder.intermediate_size, (decoder.vocab_size, decoder.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table, "model.norm.weight": (hidden,)}
+    if not decoder.tied_embedding:
+        shapes[_HEAD] = table
+    for layer, attention in enumerate(decoder.layer_attentions):
+        prefix, dim = f"model.layers.{layer}", attention.head_dim
+        queries, keys = attention.num_heads * dim, attention.num_kv_heads * dim
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        if decoder.branch_norms:
+            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        shapes |= {f"{prefix}.{norm}.weight": (hidden,) for norm in norms}
+        if attention.qk_norm:
+            shapes |= {f"{prefix}.self_attn.{kind}_norm.weight": (dim,) for kind in "qk"}
+        if decoder.layer_scalar:
+            shapes[f"{prefix}.layer_scalar"] = (1,)
+        products = [
+            ("self_attn.q_proj", queries, hidden, attention.qkv_bias),
+            ("self_attn.k_proj", keys, hidden, attention.qkv_bias),
+            ("self_attn.v_proj", keys, hidden, attention.qkv_bias),
+            ("self_attn.o_proj", hidden, queries, attention.output_bias),
+            ("mlp.gate_proj", inner, hidden, decoder.mlp_bias),
+            ("mlp.up_proj", inner, hidden, decoder.mlp_bias),
+            ("mlp.down_proj", hidden, inner, decoder.mlp_bias),
+        ]
+        for part, width, reads, bias in products:
+            if part == "self_attn.v_proj" and attention.keys_are_values:
+                continue
+            shapes[f"{prefix}.{part}.weight"] = (width, reads)
+            if bias:
+                shapes[f"{prefix}.{part}.bias"] = (width,)
+    return shapes
