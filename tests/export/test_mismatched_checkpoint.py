@@ -90,3 +90,26 @@ def test_a_buffer_of_old_checkpoints(model, tmp_path):
 def test_sizes_that_are_none(model, key, value):
     configure(model, **{key: value})
     refused(model, "config.json: |as config.json says")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layer_types": ["sliding_attention"] * 5, "sliding_window": 4},
+            "layer_types: expected full_attention in every",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6}},
+            "expected the key 'factor' for rope_type 'lin",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_parameters": None},
+            "the key 'low_freq_factor'",
+        ),
+    ],
+    ids=["windows", "linear", "llama3"],
+)
+def test_keys_that_would_change_the_result(model, changes, message):
+    configure(model, **changes)
+    refused(model, message)

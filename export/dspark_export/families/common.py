@@ -15,6 +15,10 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = (SLIDING, FULL)
 
 
+_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+"""Keys without which a rope_type says nothing; transformers has no default for them."""
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model, with what a multimodal one says beside it."""
     nested = config.get("text_config")
@@ -60,12 +64,15 @@ def rope(parameters: Mapping[str, Any], dim: int, max_position: int, kinds: tupl
     """Rotary embedding of heads of ``dim`` channels, from the rope_parameters of a layer.
 
     Raises:
-        ValueError: a rope_type that is not one of ``kinds``, or rotation of a part of the head by another kind than
-            proportional.
+        ValueError: a rope_type that is not one of ``kinds``, one without its factors, or rotation of a part of the head
+            by another kind than proportional.
     """
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in (*kinds, "factors"):
         raise ValueError(f"rope_type: expected {', '.join(kinds[:-1])} or {kinds[-1]}, got {kind!r}")
+    for key in _REQUIRED.get(kind, ()):
+        if parameters.get(key) is None:
+            raise ValueError(f"rope_parameters: expected the key {key!r} for rope_type {kind!r}")
     rotated = float(parameters.get("partial_rotary_factor") or 1.0)
     if kind != "proportional" and rotated != 1.0:
         raise ValueError("partial_rotary_factor: expected 1.0; rotating a part of the head is not supported")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark_export.decoder import Attention, Decoder
-from dspark_export.families.common import head_dim, read_rope, require
+from dspark_export.families.common import FULL, head_dim, read_rope, require
 
 
 def describe(config: Mapping[str, Any]) -> Decoder:
@@ -18,6 +18,9 @@ def describe(config: Mapping[str, Any]) -> Decoder:
     family = str(config["model_type"])
     require(config, "hidden_act", "silu", missing="silu")
     require(config, "use_sliding_window", False, missing=False)
+    # Where the one key denies windows and the other wants them, transformers refuses to run.
+    if any(kind != FULL for kind in config.get("layer_types") or ()):
+        raise ValueError(f"layer_types: expected {FULL} in every layer; models with sliding windows are not supported")
     heads = config["num_attention_heads"]
     kv_heads = config["num_key_value_heads"] if family == "qwen3" else config.get("num_key_value_heads") or heads
     bias = bool(config.get("attention_bias", False))

@@ -99,6 +99,7 @@ def describe(config: Mapping[str, Any]) -> DrafterSpec:
     # Windows are read apart: what they mean here is not what they mean in a target.
     flat |= {
         "use_sliding_window": False,
+        "layer_types": None,
         "architectures": [_ARCHITECTURES[family]],
         "target_layer_ids": [index - 1 for index in counted],
         "mask_token_id": config["mask_token_id"],

@@ -12,11 +12,7 @@ from numpy.typing import NDArray
 
 from dspark_export.errors import ExportError
 
-_TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_LAYER = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -32,13 +28,21 @@ _IN_LAYER = {
 }
 
 
+_TABLE = "attn_rot_embd"
+"""A buffer of old files, which follows from the header."""
+
+
 def _hugging_face_name(name: str) -> str | None:
-    if name in _TOP:
-        return _TOP[name]
-    if not name.startswith("blk."):
+    """What a Hugging Face folder calls a tensor; None for one that is no weight of the language model. Tensors of a
+    layer that we do not know keep their own name there, for whoever compares them with the config."""
+    parts = name.split(".")
+    if len(parts) == 2 and parts[0] in _TOP:
+        return f"{_TOP[parts[0]]}.{parts[1]}"
+    if parts[0] != "blk" or _TABLE in parts:
         return None
-    _, layer, part, kind = name.split(".")
-    return f"model.layers.{layer}.{_IN_LAYER[part]}.{kind}" if part in _IN_LAYER else None
+    if len(parts) == 4 and parts[2] in _IN_LAYER:
+        parts[2] = _IN_LAYER[parts[2]]
+    return f"model.layers.{'.'.join(parts[1:])}"
 
 
 def _undo_rope_permutation(rows: NDArray[Any], heads: int) -> NDArray[Any]:
@@ -55,7 +59,7 @@ class GgufFile:
     """Weights of a GGUF file, dequantised to float32.
 
     Raises:
-        ExportError: not a GGUF file, or of an architecture we cannot build.
+        ExportError: not a GGUF file, a part of one, or of an architecture we cannot build.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,10 +88,26 @@ class GgufFile:
                 "export other families from their Hugging Face folder"
             )
 
+        if (parts := self.field("split.count", 1)) > 1:
+            raise ExportError(
+                f"{self._path}: expected a whole model, got one of {parts} parts; join them first: "
+                "llama-gguf-split --merge FIRST_PART WHOLE.gguf"
+            )
+        if experts := self.field(f"{architecture}.expert_count", 0):
+            raise ExportError(
+                f"{self._path}: expected a dense model, got {architecture}.expert_count {experts}; mixtures of experts "
+                "are not supported"
+            )
+
         def required(key: str) -> Any:
             value = self.field(f"{architecture}.{key}")
             if value is None:
                 raise ExportError(f"{self._path}: expected the header field {architecture}.{key}, found none")
+            if not isinstance(value, float | int) or value <= 0:
+                raise ExportError(
+                    f"{self._path}: header field {architecture}.{key}: expected one number above 0 for all layers, got "
+                    f"{value}"
+                )
             return value
 
         heads, hidden = required("attention.head_count"), required("embedding_length")
@@ -119,10 +139,12 @@ class GgufFile:
         for tensor in self.reader.tensors:
             if tensor.name == "rope_freqs.weight":
                 return {"rope_type": "factors", "divisors": np.asarray(tensor.data, np.float32).tolist()}
-        kind = self.field(f"{architecture}.rope.scaling.type", "none")
-        if kind == "none":
+        # As llama.cpp reads them: a factor alone stretches linearly, and old files have another name for it.
+        factor = self.field(f"{architecture}.rope.scaling.factor") or self.field(f"{architecture}.rope.scale_linear")
+        kind = self.field(f"{architecture}.rope.scaling.type", "linear")
+        if kind == "none" or (kind == "linear" and not factor):
             return {}
-        return {"rope_type": kind, "factor": self.field(f"{architecture}.rope.scaling.factor", 1.0)}
+        return {"rope_type": kind, "factor": factor or 1.0}
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -145,7 +167,13 @@ class GgufFile:
 
     def read(self, name: str) -> NDArray[Any]:
         tensor = self._find(name)
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        try:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+        except NotImplementedError as error:
+            raise ExportError(
+                f"{self._path}: {tensor.name} is of type {tensor.tensor_type.name}, which the gguf package cannot "
+                "dequantise; take a file of another quantisation, or the model's Hugging Face folder"
+            ) from error
         values = values.reshape(self.shape(name))
         if self._config["model_type"] == "llama" and ".self_attn.q_proj." in name:
             return _undo_rope_permutation(values, self._config["num_attention_heads"])
