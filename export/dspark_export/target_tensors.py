@@ -1,6 +1,10 @@
-"""Whether a checkpoint's tensors are those of the model that its config describes; only headers are read."""
+"""Whether a checkpoint's tensors are those of the model that its config describes."""
 
 from __future__ import annotations
+
+import hashlib
+
+import numpy as np
 
 from dspark_export.decoder import Decoder
 from dspark_export.errors import ExportError
@@ -10,11 +14,12 @@ _TEXT = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 """How names of the language model begin; a multimodal checkpoint has others besides."""
 _TABLE = ".rotary_emb.inv_freq"
 """End of a buffer in old checkpoints, which follows from the config."""
-_HEAD = "lm_head.weight"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def check_tensors(decoder: Decoder, weights: WeightSource, name: str) -> None:
-    """Make sure that every tensor is there in its shape, and that there is none of a larger or another model.
+    """Make sure that every tensor is there in its shape, and that there is none of a larger or another model. Headers
+    are read, and a head that should be the embedding.
 
     Raises:
         ExportError: a tensor is missing, has another shape, or is one that the graph would leave out.
@@ -26,7 +31,11 @@ def check_tensors(decoder: Decoder, weights: WeightSource, name: str) -> None:
                 f"{tensor}: expected shape {shape} as config.json says, got {got}; the checkpoint's files do not "
                 "belong together"
             )
-    # A copy of a tied embedding.
+    if decoder.tied_embedding and _HEAD in weights.names() and _digest(weights, _HEAD) != _digest(weights, _EMBEDDING):
+        raise ExportError(
+            f"model {name}: expected {_HEAD} to be a copy of {_EMBEDDING}, as tie_word_embeddings says, got another "
+            'matrix; with "tie_word_embeddings": false in config.json it is used, without the tensor it is not'
+        )
     known = {*expected, _HEAD} if decoder.tied_embedding else {*expected}
     unknown = sorted(
         tensor
@@ -45,7 +54,7 @@ def check_tensors(decoder: Decoder, weights: WeightSource, name: str) -> None:
 def expected_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     """Every tensor that the graph of a decoder in the layout of Llama reads, with its shape."""
     hidden, inner, table = decoder.hidden_size, decoder.intermediate_size, (decoder.vocab_size, decoder.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table, "model.norm.weight": (hidden,)}
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: table, "model.norm.weight": (hidden,)}
     if not decoder.tied_embedding:
         shapes[_HEAD] = table
     for layer, attention in enumerate(decoder.layer_attentions):
@@ -75,3 +84,8 @@ def expected_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
             if bias:
                 shapes[f"{prefix}.{part}.bias"] = (width,)
     return shapes
+
+
+def _digest(weights: WeightSource, name: str) -> bytes:
+    """Of a matrix: the two that are compared are not in memory together."""
+    return hashlib.sha256(np.ascontiguousarray(weights.read(name)).view(np.uint8)).digest()

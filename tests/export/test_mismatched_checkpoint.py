@@ -113,3 +113,11 @@ def test_sizes_that_are_none(model, key, value):
 def test_keys_that_would_change_the_result(model, changes, message):
     configure(model, **changes)
     refused(model, message)
+
+
+def test_a_head_that_is_not_the_embedding(model, tmp_path):
+    """transformers takes such a head and ignores the key, its older versions the reverse."""
+    configure(model, tie_word_embeddings=True)
+    refused(model, "expected lm_head.weight to be a copy of model.embed_tokens.weight, as tie_word_embeddings says")
+    store(model, lm_head__weight=load_file(model / "model.safetensors")["model.embed_tokens.weight"])
+    artifacts.export(model, tmp_path / "out")
