@@ -35,6 +35,7 @@ from dspark_export.tensorrt_graphs import RUNTIME as TENSORRT
 from dspark_export.tensorrt_graphs import write_drafter_graphs
 from dspark_export.verifier import check_deepseek, check_precision
 from dspark_export.weights import WeightSource, require_unquantised
+from dspark_export.weights.finite import FiniteWeights
 from dspark_export.weights.safetensors_folder import SafetensorsFolder
 
 INT8_PLAN = Int8Plan({"fc": LinearPlan(two_digits=True)})
@@ -65,6 +66,10 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
         ExportError: the checkpoint is incomplete, of a kind we cannot build, or of another target.
         ArtifactError: the verifier's artifact is missing or corrupt.
     """
+    if options.out.resolve() == options.verifier.resolve():
+        raise ExportError(
+            f"--out {options.out}: expected a directory of its own, got the verifier's, which the drafter would replace"
+        )
     verifier = load_verifier_artifact(options.verifier)
     spec, weights = read_drafter(SafetensorsFolder(options.checkpoint))
     require_unquantised(weights.config, f"drafter {options.checkpoint.name}")
@@ -75,6 +80,7 @@ def export_drafter(options: DrafterExport, progress: Progress, expose_intermedia
             f"{verifier.runtime}"
         )
     check_same_target(weights, verifier, options.verifier, options.checkpoint.name)
+    weights = FiniteWeights(weights, options.dtype)
     if isinstance(spec.decoder, DeepSeekV4):
         check_deepseek(options.runtime, options.dtype)
     with published(options.out) as work:

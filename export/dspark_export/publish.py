@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dspark_backend.stages.artifact import STAGE_FILE
+from dspark_export.errors import ExportError
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction done."""
@@ -21,7 +22,24 @@ _TOOLS = ("dspark-triton", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu", 
 
 @contextmanager
 def published(out: Path) -> Iterator[Path]:
-    """A scratch folder; its files move into ``out`` at the end, stage.json last, and only if nothing was raised."""
+    """A scratch folder; its files move into ``out`` at the end, stage.json last, and only if nothing was raised.
+
+    Raises:
+        ExportError: a file cannot be read or written, as on a full disk.
+    """
+    try:
+        yield from _published(out)
+    except OSError as error:
+        # numpy says "6144 requested and 250 written" of a full disk, and no more.
+        place = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(place).free / 2**20
+        raise ExportError(
+            f"{out}: the artifact is not written, since a file could not be read or written: {error} (without it "
+            f"{free:.0f} MiB are free on that disk)"
+        ) from error
+
+
+def _published(out: Path) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as scratch:
         work = Path(scratch)

@@ -35,6 +35,7 @@ from dspark_export.tensorrt_graphs import RUNTIME as TENSORRT
 from dspark_export.tensorrt_graphs import check_tensorrt_dtype, write_verifier_graph
 from dspark_export.tokenizer_info import TokenizerInfo
 from dspark_export.weights import WeightSource, require_unquantised
+from dspark_export.weights.finite import FiniteWeights
 from dspark_export.weights.gguf_file import GgufFile
 
 STORED = ("float32", "float16", "bfloat16")
@@ -131,6 +132,7 @@ def export_verifier(options: VerifierExport, progress: Progress) -> ExportedVeri
     digest = source_hash(weights.files)
     with published(options.out) as work:
         tokenizer = _write_tokenizer(path, weights, work) or _without_tokenizer(weights)
+        weights = FiniteWeights(weights, options.dtype)
         writer = _Writer(options, decoder, weights, taps, max_context, tokenizer, (path.name, digest), work, progress)
         if options.dtype != "int8" and (options.dtype != "int4" or options.rounding == NEAREST):
             return ExportedVerifier(writer.write(), None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -250,9 +252,16 @@ def test_a_damaged_checkpoint_leaves_the_old_artifact(golden_artifacts, tmp_path
     damaged = changed_checkpoint(
         GOLDEN / NAME / "drafter", tmp_path / "c", tensors={"norm.weight": np.full(64, np.nan, np.float32)}
     )
-    with pytest.raises(ExportError, match="not finite"):
+    with pytest.raises(ExportError, match=r"norm\.weight: expected finite numbers, got NaN or infinity"):
         export_drafter(DrafterExport(damaged, golden_artifacts[NAME], out), silent)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_the_verifier_is_not_replaced(golden_artifacts, tmp_path):
+    verifier = shutil.copytree(golden_artifacts[NAME], tmp_path / "v")
+    with pytest.raises(ExportError, match=r"--out .*/v/\.\./v: expected a directory of its own, got the verifier's"):
+        export_drafter(DrafterExport(GOLDEN / NAME / "drafter", verifier, verifier / ".." / "v"), silent)
+    assert (verifier / "model.onnx").is_file()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])

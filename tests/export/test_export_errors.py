@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import artifacts
@@ -121,7 +125,32 @@ class TestWeights:
 
     def test_damaged(self, model, out):
         change_tensors(model, model__norm__weight=lambda tensor: tensor * np.nan)
+        fails(model, out, r"model\.norm\.weight: expected finite numbers, got NaN or infinity; .* download it again")
+
+    def test_logits_that_overflow(self, model, out):
+        grown = {"model__norm__weight": lambda tensor: tensor * np.float32(1e38)}
+        change_tensors(model, **grown, lm_head__weight=lambda tensor: tensor * np.float32(1e3))
         fails(model, out, "logits that are not finite; is the checkpoint damaged")
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "fp8", "int4"])
+    def test_damaged_where_no_graph_is_run(self, model, out, dtype):
+        change_tensors(model, model__layers__1__mlp__down_proj__weight=lambda tensor: tensor * np.inf)
+        options = {"rounding": "nearest"} if dtype == "int4" else {}
+        message = "down_proj.weight: expected finite numbers, got NaN or infinity"
+        fails(model, out, message, dtype=dtype, runtime="tensorrt", **options)
+
+    @pytest.mark.parametrize("runtime", ["onnxruntime", "tensorrt"])
+    @pytest.mark.parametrize("tensor", ["model__embed_tokens__weight", "model__layers__1__mlp__down_proj__weight"])
+    def test_too_large_for_float16(self, model, out, runtime, tensor):
+        def grow(stored):
+            stored[7, 3] = -65520
+            return stored
+
+        change_tensors(model, **{tensor: grow})
+        message = "expected numbers that float16 can hold, at most 65504, got 65520; export with --dtype bfloat16"
+        fails(model, out, message, dtype="float16", runtime=runtime)
+        if runtime == "tensorrt":
+            artifacts.export(model, out, dtype="bfloat16", runtime=runtime)
 
     @pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 5}'])
     def test_broken_index(self, model, out, text):
@@ -188,6 +217,34 @@ class TestPublishing:
             artifacts.export(model, out)
         assert {file.name: file.read_bytes() for file in out.iterdir()} == content
         assert load_verifier_artifact(out) == artifact
+
+    def test_a_full_disk(self, model, out):
+        """numpy says of one that it wrote fewer numbers than it was asked to."""
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+        try:
+            fails(model, out, "out: the artifact is not written, since .* requested and .* MiB are free on that disk")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def test_sigterm_leaves_nothing(self, model, out, monkeypatch):
+        """As ``docker stop`` and ``timeout`` send it."""
+
+        def wait(directory: Path) -> None:
+            assert list(out.glob(".export-*/model.onnx"))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+        monkeypatch.setattr(verifier, "check_verifier", wait)
+        monkeypatch.setattr("sys.argv", ["dspark-export", "verifier", "--model", str(model), "--out", str(out)])
+        # Without a handler of the command's own, this one fails the test instead of ending the run.
+        before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("the command did not see it"))
+        try:
+            with pytest.raises(SystemExit) as caught:
+                cli.main()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert caught.value.code == 128 + signal.SIGTERM and not list(out.iterdir())
 
     def test_again_over_an_older_artifact(self, model, out):
         first = load_verifier_artifact(artifacts.export(model, out))

@@ -66,14 +66,18 @@ def build_apart(
         with suppress(BrokenPipeError):
             process.stdin.write(f"{json.dumps(job)}\n{engine.resolve()}\n")
             process.stdin.close()
-        for line in process.stdout:
-            kind, _, text = line.strip().partition(" ")
-            if kind == "progress":
-                progress(float(text))
-            elif kind == "error":
-                failure = json.loads(text)
-            elif kind == "missing":
-                missing = tuple(json.loads(text))
+        try:
+            for line in process.stdout:
+                kind, _, text = line.strip().partition(" ")
+                if kind == "progress":
+                    progress(float(text))
+                elif kind == "error":
+                    failure = json.loads(text)
+                elif kind == "missing":
+                    missing = tuple(json.loads(text))
+        except BaseException:
+            process.kill()  # an interrupted command would wait for the whole build
+            raise
         code = process.wait()
         if failure is None and code:
             complaints.seek(0)
