@@ -242,6 +242,10 @@ class TestCommand:
         made = json.loads(result.stdout)
         assert made["target"]["parameters"] == 8_190_735_360 and made["slots"] > 1 and made["disk_bytes"] > 1e10
 
+    def test_a_context_of_nothing(self, folders):
+        result = CliRunner().invoke(cli.app, ["plan", *folders, "--context", "0"])
+        assert isinstance(result.exception, ExportError) and "--context: expected 2 to" in str(result.exception)
+
     def test_dry_runs(self, folders, golden_artifacts, tmp_path):
         out = ["--out", str(tmp_path / "out")]
         target = CliRunner().invoke(cli.app, ["verifier", *folders[:2], *out, "--dry-run", "--dtype", "int8"])

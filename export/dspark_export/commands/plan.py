@@ -55,7 +55,7 @@ def show_plan(
         decoder,
         None if drafter is None else describe_checkpoint(open_weights(drafter).config),
         cast(Precision, dtype),
-        context or min(decoder.max_position, DEFAULT_MAX_CONTEXT),
+        min(decoder.max_position, DEFAULT_MAX_CONTEXT) if context is None else context,
         find_gpu(gpu) if gpu else None,
     )
     if as_json:
