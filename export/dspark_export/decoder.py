@@ -104,6 +104,8 @@ class Attention:
         _require_counts(
             num_attention_heads=self.num_heads, num_key_value_heads=self.num_kv_heads, head_dim=self.head_dim
         )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: expected an even number, of which pairs turn, got {self.head_dim}")
         if self.window is not None and self.window < 1:
             raise ValueError(f"sliding_window: expected at least 1, got {self.window}")
         if self.num_heads % self.num_kv_heads:
@@ -159,6 +161,8 @@ class Decoder:
         )
         if not isinstance(self.norm_eps, float | int) or not self.norm_eps > 0:
             raise ValueError(f"rms_norm_eps: expected a number above 0, got {self.norm_eps!r}")
+        if self.logit_cap is not None and (not isinstance(self.logit_cap, float | int) or not self.logit_cap > 0):
+            raise ValueError(f"final_logit_softcapping: expected a number above 0, got {self.logit_cap!r}")
         if self.attentions and len(self.attentions) != self.num_layers:
             raise ValueError(f"layer_types: expected {self.num_layers} layers, got {len(self.attentions)}")
         if len({attention.num_heads for attention in self.attentions}) > 1:

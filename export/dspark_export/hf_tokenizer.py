@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +42,19 @@ def copy_tokenizer(model_dir: Path, out_dir: Path) -> TokenizerInfo | None:
     settings = _read_json(model_dir / "tokenizer_config.json")
     named = _read_json(model_dir / "special_tokens_map.json") | settings
     model = _read_json(model_dir / "config.json")
-    generation = _read_json(model_dir / "generation_config.json")
+    ends = set(stated_ends(model_dir, model))
     if _add_missing(tokenizer, settings, path):
         tokenizer.save(str(out_dir / path.name), pretty=False)
     else:
         shutil.copyfile(path, out_dir / path.name)
 
     bos_token, eos_token = _content(named.get("bos_token")), _content(named.get("eos_token"))
-    text_model = model.get("text_config") or {}
+    text_model = _text_config(model)
     bos_id = _token_id(tokenizer, bos_token)
     if bos_id is None:
         bos_id = next(iter(_ids(model.get("bos_token_id"), text_model.get("bos_token_id"))), None)
         bos_token = None if bos_id is None else tokenizer.id_to_token(bos_id)
-    ends = set(
-        _ids(generation.get("eos_token_id"), model.get("eos_token_id"), text_model.get("eos_token_id"))
-        + _ids(_token_id(tokenizer, eos_token))
-    )
+    ends.update(_ids(_token_id(tokenizer, eos_token)))
     if eos_token is None and ends:
         eos_token = tokenizer.id_to_token(min(ends))
     add_bos = settings.get("add_bos_token")
@@ -68,6 +66,22 @@ def copy_tokenizer(model_dir: Path, out_dir: Path) -> TokenizerInfo | None:
         bos_token=bos_token,
         eos_token=eos_token,
     )
+
+
+def stated_ends(model_dir: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every token that ends an answer by config.json and generation_config.json, in ascending order.
+
+    Raises:
+        ExportError: generation_config.json is corrupt.
+    """
+    generation = _read_json(model_dir / "generation_config.json")
+    said = (found.get("eos_token_id") for found in (generation, config, _text_config(config)))
+    return tuple(sorted(set(_ids(*said))))
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("text_config")
+    return found if isinstance(found, Mapping) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -103,6 +117,14 @@ def _ids(*values: object) -> list[int]:
 def _add_missing(tokenizer: Tokenizer, settings: dict[str, Any], path: Path) -> bool:
     """Add tokens that only tokenizer_config.json knows, as transformers does; whether there were any."""
     listed = settings.get("added_tokens_decoder") or {}
+    if not isinstance(listed, dict) or not all(
+        index.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)
+        for index, token in listed.items()
+    ):
+        raise ExportError(
+            f"{path.parent / 'tokenizer_config.json'}: added_tokens_decoder: expected token ids with the content of "
+            "each; download it again"
+        )
     missing = [
         (int(index), token) for index, token in listed.items() if tokenizer.token_to_id(token["content"]) is None
     ]
@@ -123,7 +145,10 @@ def _chat_template(model_dir: Path, settings: dict[str, Any]) -> str | None:
     """The template, from the first that exists of chat_template.jinja, chat_template.json and tokenizer_config.json."""
     jinja = model_dir / "chat_template.jinja"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ExportError(f"{jinja}: expected UTF-8 text ({error}); download it again") from error
     found = _read_json(model_dir / "chat_template.json").get("chat_template") or settings.get("chat_template")
     if isinstance(found, list):
         by_name = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}

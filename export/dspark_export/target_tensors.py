@@ -88,4 +88,4 @@ def expected_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
 
 def _digest(weights: WeightSource, name: str) -> bytes:
     """Of a matrix: the two that are compared are not in memory together."""
-    return hashlib.sha256(np.ascontiguousarray(weights.read(name)).view(np.uint8)).digest()
+    return hashlib.sha256(np.ascontiguousarray(weights.read(name)).view(np.uint8).data).digest()

@@ -21,7 +21,7 @@ from dspark_export.gguf_tokenizer import write_tokenizer
 from dspark_export.graph.deepseek_v4.verifier import DeepSeekV4Graph
 from dspark_export.graph.tape import save_graph
 from dspark_export.graph.verifier import EMBEDDING, HEAD, VerifierGraph
-from dspark_export.hf_tokenizer import copy_tokenizer
+from dspark_export.hf_tokenizer import copy_tokenizer, stated_ends
 from dspark_export.publish import Progress, file_digests, file_sizes, published, tool_versions
 from dspark_export.quantization.calibrate import calibration
 from dspark_export.quantization.int4_weights import Int4Weights
@@ -97,6 +97,12 @@ class VerifierExport:
             given = getattr(self, option)
             if given is not None and given < 1:
                 raise ExportError(f"--{option.replace('_', '-')}: expected at least 1, got {given}")
+        reads_text = self.dtype in CALIBRATION_TOKENS and self.rounding == GPTQ
+        if self.calibration_text is not None and not reads_text:
+            raise ExportError(
+                f"--calibration-text: expected --dtype {' or '.join(CALIBRATION_TOKENS)} with --rounding {GPTQ}, got "
+                f"{self.dtype} and {self.rounding}, which read no text"
+            )
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def export_verifier(options: VerifierExport, progress: Progress) -> ExportedVeri
     progress("hash the checkpoint", 0.0)
     digest = source_hash(weights.files)
     with published(options.out) as work:
-        tokenizer = _write_tokenizer(path, weights, work) or _without_tokenizer(weights)
+        tokenizer = _write_tokenizer(path, weights, work) or _without_tokenizer(path, weights)
         weights = FiniteWeights(weights, options.dtype)
         writer = _Writer(options, decoder, weights, taps, max_context, tokenizer, (path.name, digest), work, progress)
         if options.dtype != "int8" and (options.dtype != "int4" or options.rounding == NEAREST):
@@ -249,12 +255,11 @@ def _taps(decoder: Decoder, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
     return wanted
 
 
-def _without_tokenizer(weights: WeightSource) -> TokenizerInfo:
-    """Answers to token ids end, too, where config.json says how."""
-    ends = weights.config.get("eos_token_id")
+def _without_tokenizer(path: Path, weights: WeightSource) -> TokenizerInfo:
+    """Answers to token ids end, too, where the model's files say how."""
     return TokenizerInfo(
         bos_token_id=None,
-        eos_token_ids=tuple(sorted(ends if isinstance(ends, list) else [] if ends is None else [ends])),
+        eos_token_ids=stated_ends(path, weights.config),
         add_bos=None,
         chat_template=None,
         bos_token=None,

@@ -187,6 +187,12 @@ class TestOptions:
         fails(model, out, "--dtype: expected one of float32, float16, bfloat16", dtype="int3")
         fails(model, out, "--runtime: expected onnxruntime", runtime="vllm")
 
+    def test_text_that_nothing_reads(self, model, out):
+        message, text = "--calibration-text: expected --dtype int8 or int4 with --rounding gptq, got", Path("nowhere")
+        fails(model, out, f"{message} bfloat16", dtype="bfloat16", calibration_text=text)
+        options = {"dtype": "int4", "runtime": "tensorrt", "rounding": "nearest"}
+        fails(model, out, f"{message} int4 and nearest", calibration_text=text, **options)
+
     def test_nothing_there(self, tmp_path, out):
         fails(tmp_path / "nowhere", out, "expected a Hugging Face folder, a .gguf file or one of smollm2-135m")
 
@@ -286,6 +292,11 @@ class TestCommand:
         result = self.run("--model", str(model), "--out", str(out), "--target-layer-ids", "0,2")
         assert result.exit_code == 0, result.output
         assert load_verifier_artifact(out).target_layer_ids == (0, 2)
+
+    def test_a_comparison_that_nothing_can_run(self, model, out):
+        options = ("--runtime", "tensorrt", "--dtype", "bfloat16", "--check-against-transformers")
+        result = self.run("--model", str(model), "--out", str(out), *options)
+        assert "expected --runtime onnxruntime" in str(result.exception) and not out.exists()
 
     def test_layers_that_are_no_numbers(self, model, out):
         result = self.run("--model", str(model), "--out", str(out), "--target-layer-ids", "first")

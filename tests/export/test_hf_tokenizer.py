@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 from dspark_export.errors import ExportError
-from dspark_export.hf_tokenizer import copy_tokenizer
+from dspark_export.hf_tokenizer import copy_tokenizer, stated_ends
 from dspark_export.tokenizer_info import TokenizerInfo
 
 
@@ -132,3 +132,23 @@ def test_corrupt_files(model: Path, out: Path, name: str, content: str) -> None:
     with pytest.raises(ExportError, match=rf"{name}\.json: expected"):
         copy_tokenizer(model, out)
     assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("listed", [[1], {"x": {"content": "c"}}, {"5": {}}, {"5": "c"}])
+def test_broken_added_tokens(model: Path, out: Path, listed: Any) -> None:
+    write(model, tokenizer_config={"added_tokens_decoder": listed})
+    with pytest.raises(ExportError, match=r"tokenizer_config\.json: added_tokens_decoder: expected token ids with the"):
+        copy_tokenizer(model, out)
+
+
+def test_a_template_that_is_no_text(model: Path, out: Path) -> None:
+    (model / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ExportError, match=r"chat_template\.jinja: expected UTF-8 text .*; download it again"):
+        copy_tokenizer(model, out)
+
+
+def test_ends_without_a_tokenizer(tmp_path: Path) -> None:
+    """Gemma 3 says it in text_config, Qwen3 one of its two in generation_config.json alone."""
+    write(tmp_path, generation_config={"eos_token_id": [7, 3]})
+    assert stated_ends(tmp_path, {"eos_token_id": 3, "text_config": {"eos_token_id": [1, 9]}}) == (1, 3, 7, 9)
+    assert stated_ends(tmp_path, {"text_config": 5, "eos_token_id": None}) == (3, 7)

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dspark_export.errors import ExportError
+from dspark_export.families import describe
 
 RUNTIMES = [{}, {"runtime": "tensorrt", "dtype": "bfloat16"}]
 
@@ -121,3 +122,24 @@ def test_a_head_that_is_not_the_embedding(model, tmp_path):
     refused(model, "expected lm_head.weight to be a copy of model.embed_tokens.weight, as tie_word_embeddings says")
     store(model, lm_head__weight=load_file(model / "model.safetensors")["model.embed_tokens.weight"])
     artifacts.export(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+            "expected some for sliding_attention and full",
+        ),
+        ({"final_logit_softcapping": 0.0}, "final_logit_softcapping: expected a number above 0, got 0.0"),
+        ({"final_logit_softcapping": "x"}, "final_logit_softcapping: expected a number above 0, got 'x'"),
+        ({"head_dim": 7}, "head_dim: expected an even number, .* got 7"),
+        ({"per_layer_config": [1]}, "config.json: 'list' object has no attribute"),
+    ],
+    ids=["rope of all layers", "no cap", "no number", "odd head", "list"],
+)
+def test_gemma(changes, message):
+    config = {"hidden_size": 64, "num_hidden_layers": 6, "hidden_size_per_layer_input": 0}
+    for kind in ("gemma4_text",) if "per_layer_config" in changes else ("gemma3_text", "gemma4_text"):
+        with pytest.raises(ExportError, match=message):
+            describe(config | {"model_type": kind} | changes)

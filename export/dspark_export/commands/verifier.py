@@ -12,7 +12,9 @@ from dspark_export.commands.layer_ids import layer_ids
 from dspark_export.commands.plan import show_plan
 from dspark_export.commands.progress import console, progress_bar
 from dspark_export.compare import compare_with_transformers
+from dspark_export.errors import ExportError
 from dspark_export.source import resolve_model
+from dspark_export.tensorrt_graphs import RUNTIME as TENSORRT
 from dspark_export.verifier import CALIBRATION_TOKENS, DEFAULT_MAX_CONTEXT, GPTQ, VerifierExport, export_verifier
 
 _CALIBRATION = " or ".join(f"{tokens} for {dtype}" for dtype, tokens in CALIBRATION_TOKENS.items())
@@ -53,6 +55,8 @@ def verifier(
 ) -> None:
     """Export a target model."""
     begin = time.perf_counter()
+    if check_against_transformers and runtime == TENSORRT:
+        raise ExportError("--check-against-transformers: expected --runtime onnxruntime; nothing here runs an engine")
     options = VerifierExport(
         model, out, dtype, runtime, layer_ids(target_layer_ids), max_context,
         calibration_text, calibration_tokens, check_tokens, rounding, check,

@@ -46,5 +46,5 @@ def describe(config: Mapping[str, Any]) -> Decoder:
         return family({**text, "model_type": text.get("model_type") or model_type})
     except KeyError as missing:
         raise ExportError(f"config.json: expected the key {missing} for model_type {model_type!r}") from missing
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ExportError(f"config.json: {error}") from error

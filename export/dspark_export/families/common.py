@@ -88,6 +88,18 @@ def rope(parameters: Mapping[str, Any], dim: int, max_position: int, kinds: tupl
     return Rope(head_dim=dim, theta=float(parameters["rope_theta"]), scaling=scaling)
 
 
+def rope_by_layer(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rope_parameters of a config that states them by attention kind; empty where it does not.
+
+    Raises:
+        ValueError: they are stated for all layers at once, which such a family does not read.
+    """
+    found: Mapping[str, Any] = config.get("rope_parameters") or {}
+    if found and not set(LAYER_TYPES) & set(found):
+        raise ValueError(f"rope_parameters: expected some for {' and '.join(LAYER_TYPES)}, got {', '.join(found)}")
+    return found
+
+
 def layer_types(config: Mapping[str, Any], pattern: int) -> tuple[str, ...]:
     """Attention kind of every layer; where the config does not say, each ``pattern``-th is global.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark_export.decoder import Attention, Decoder, Rope
-from dspark_export.families.common import FULL, SLIDING, layer_types, require, rope, window
+from dspark_export.families.common import FULL, SLIDING, layer_types, require, rope, rope_by_layer, window
 from dspark_export.families.gemma import gemma_decoder
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -61,7 +61,7 @@ def _attention(config: Mapping[str, Any], kind: str) -> Attention:
 
 def _rope(config: Mapping[str, Any], kind: str) -> Rope:
     """New configs state rope_parameters by layer type; old ones two thetas, and a rope_scaling of global layers."""
-    parameters = dict((config.get("rope_parameters") or {}).get(kind) or {})
+    parameters = dict(rope_by_layer(config).get(kind) or {})
     if kind == FULL:
         parameters |= config.get("rope_scaling") or {}
     parameters.setdefault("rope_theta", config.get(_OLD_THETA[kind]) or _THETA[kind])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dspark_export.decoder import Attention, Decoder
-from dspark_export.families.common import FULL, SLIDING, layer_types, require, rope, window
+from dspark_export.families.common import FULL, SLIDING, layer_types, require, rope, rope_by_layer, window
 from dspark_export.families.gemma import gemma_decoder
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -62,7 +62,7 @@ def _attention(config: Mapping[str, Any], layer: int, kind: str) -> Attention:
     keys_are_values = bool(config.get("attention_k_eq_v")) and kind == FULL
     kv_heads, dim = _heads(config, layer, kind)
     bias = bool(config.get("attention_bias", False))
-    parameters = (config.get("rope_parameters") or _ROPES).get(kind) or _ROPES[kind]
+    parameters = rope_by_layer(config).get(kind) or _ROPES[kind]
     return Attention(
         num_heads=config["num_attention_heads"],
         num_kv_heads=kv_heads,
