@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dspark_backend.calibration import CALIBRATION_FILE
 from dspark_backend.stages.artifact import (
@@ -150,8 +152,8 @@ def check_against_verifier(spec: DrafterSpec, weights: WeightSource, verifier: V
     """Make sure that a checkpoint is whole and belongs to the verifier.
 
     Raises:
-        ExportError: a tensor is missing or has another shape, or vocabulary, hidden size or taps differ; both sides are
-            named.
+        ExportError: a tensor is missing, has another shape or is not read, or vocabulary, hidden size or taps differ;
+            both sides are named.
     """
     decoder = spec.decoder
     reason = mismatch(name, decoder.vocab_size, decoder.hidden_size, spec.target_layer_ids, verifier)
@@ -159,9 +161,31 @@ def check_against_verifier(spec: DrafterSpec, weights: WeightSource, verifier: V
         raise ExportError(reason)
     if isinstance(decoder, DeepSeekV4):
         return  # its layout checks tensors by the names they have there
-    for tensor, shape in _expected_shapes(spec).items():
+    expected = _expected_shapes(spec)
+    for tensor, shape in expected.items():
         if weights.shape(tensor) != shape:
             raise ExportError(f"drafter {name}: expected {tensor} of shape {shape}, got {weights.shape(tensor)}")
+    unknown = sorted(
+        tensor
+        for tensor in weights.names() - {*expected}
+        if tensor.startswith(("layers.", "markov_head.")) and not tensor.endswith(".rotary_emb.inv_freq")
+    )
+    if unknown:
+        raise ExportError(
+            f"drafter {name}: expected the tensors of {decoder.num_layers} layers and a {spec.head} head, as "
+            f"config.json says, got {unknown[0]}{f' and {len(unknown) - 1} more' if unknown[1:] else ''} as well; the "
+            "files do not belong together"
+        )
+    if "d2t" in expected:
+        _check_token_table(weights.read("d2t"), decoder.vocab_size, name)
+
+
+def _check_token_table(ids: NDArray[Any], vocab_size: int, name: str) -> None:
+    if ids.min() < 0 or ids.max() >= vocab_size or len(np.unique(ids)) != len(ids):
+        raise ExportError(
+            f"drafter {name}: d2t: expected {len(ids)} different token ids below {vocab_size}, got ids from "
+            f"{ids.min()} to {ids.max()}, {len(np.unique(ids))} of them different"
+        )
 
 
 def _expected_shapes(spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
@@ -188,6 +212,14 @@ def _expected_shapes(spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
             f"{prefix}.mlp.up_proj.weight": (inner, hidden),
             f"{prefix}.mlp.down_proj.weight": (hidden, inner),
         }
+        biased = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
+        widths = {part: width for part, width in biased.items() if attention.qkv_bias}
+        widths |= {"self_attn.o_proj": hidden} if attention.output_bias else {}
+        if decoder.mlp_bias:
+            widths |= {"mlp.gate_proj": inner, "mlp.up_proj": inner, "mlp.down_proj": hidden}
+        if attention.keys_are_values:
+            widths.pop("self_attn.v_proj", None)
+        shapes |= {f"{prefix}.{part}.bias": (width,) for part, width in widths.items()}
         if not attention.keys_are_values:
             shapes[f"{prefix}.self_attn.v_proj.weight"] = (keys, hidden)
         if decoder.branch_norms:
@@ -199,9 +231,10 @@ def _expected_shapes(spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}.self_attn.q_norm.weight"] = (attention.head_dim,)
             shapes[f"{prefix}.self_attn.k_norm.weight"] = (attention.head_dim,)
     if spec.head == "gated":
-        shapes["markov_head.gate_proj.weight"] = (rank, hidden + rank)
+        shapes |= {"markov_head.gate_proj.weight": (rank, hidden + rank), "markov_head.gate_proj.bias": (rank,)}
     if spec.head == "rnn":
         shapes["markov_head.joint_proj.weight"] = (3 * rank, hidden + 2 * rank)
+        shapes["markov_head.joint_proj.bias"] = (3 * rank,)
     if spec.confidence:
         shapes["confidence_head.proj.weight"] = (1, hidden + (rank if spec.confidence_with_markov else 0))
     if spec.draft_vocab_size != decoder.vocab_size:

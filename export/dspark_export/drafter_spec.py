@@ -57,6 +57,12 @@ def describe_drafter(config: Mapping[str, Any]) -> DrafterSpec:
             f"got {architecture!r}"
         )
     decoder = describe(config)
+    for key in ("block_size", "mask_token_id", "markov_rank"):
+        if key in config and type(config[key]) is not int:
+            raise ExportError(f"drafter config.json: {key}: expected a whole number, got {config[key]!r}")
+    layers = config.get("target_layer_ids", [])
+    if not isinstance(layers, list | tuple) or any(type(layer) is not int for layer in layers):
+        raise ExportError(f"drafter config.json: target_layer_ids: expected a list of layers, got {layers!r}")
     try:
         head = config["markov_head_type"]
         spec = DrafterSpec(

@@ -197,6 +197,17 @@ def test_without_a_confidence_head_every_draft_is_certain(golden_artifacts, tmp_
         ({}, {"fc.weight": None}, r"expected the tensor fc\.weight"),
         ({}, {"layers.0.self_attn.q_norm.weight": None}, r"layers\.0\.self_attn\.q_norm\.weight"),
         ({}, {"norm.weight": np.ones(63, np.float32)}, r"norm\.weight of shape \(64,\), got \(63,\)"),
+        ({}, {"layers.1.norm.weight": np.ones(9, np.float32)}, r"of 1 layers and a .*, got layers\.1\.norm\.weight as"),
+        ({}, {"layers.0.mlp.up_proj.bias": np.ones(9, np.float32)}, r"got layers\.0\.mlp\.up_proj\.bias as well"),
+        (
+            {},
+            {"markov_head.joint_proj.bias": np.ones(9, np.float32)},
+            r"a gated head, .*markov_head\.joint_proj\.bias as",
+        ),
+        ({"mask_token_id": 1.5}, {}, r"mask_token_id: expected a whole number, got 1\.5"),
+        ({"block_size": "7"}, {}, "block_size: expected a whole number, got '7'"),
+        ({"markov_rank": [1]}, {}, r"markov_rank: expected a whole number, got \[1\]"),
+        ({"target_layer_ids": 1}, {}, "target_layer_ids: expected a list of layers, got 1"),
         ({"draft_vocab_size": 100}, {}, r"markov_w2\.weight of shape \(100, 64\), got \(320, 64\)"),
     ],
 )
@@ -206,6 +217,22 @@ def test_a_checkpoint_that_does_not_fit_is_refused(golden_artifacts, tmp_path, c
     with pytest.raises(ExportError, match=message):
         export_drafter(DrafterExport(checkpoint, golden_artifacts[NAME], out), silent)
     assert not (out / STAGE_FILE).exists()
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 320], [0, 1, 1], [-1, 1, 2]])
+def test_a_wrong_token_table_is_refused_for_engines(tmp_path, kept):
+    verifier = export(
+        GOLDEN / NAME / "target",
+        tmp_path / "v",
+        target_layer_ids=golden_taps(NAME),
+        runtime="tensorrt",
+        dtype="bfloat16",
+    )
+    rows = load_file(GOLDEN / NAME / "drafter" / "model.safetensors")["markov_head.markov_w2.weight"][:3]
+    tensors = {"markov_head.markov_w2.weight": rows, "d2t": np.array(kept)}
+    checkpoint = changed_checkpoint(GOLDEN / NAME / "drafter", tmp_path / "c", {"draft_vocab_size": 3}, tensors)
+    with pytest.raises(ExportError, match="d2t: expected 3 different token ids below 320, got"):
+        export_drafter(DrafterExport(checkpoint, verifier, tmp_path / "d", "bfloat16", "tensorrt"), silent)
 
 
 def test_wrong_taps_name_both_sides_and_the_option(golden_artifacts, tmp_path):
