@@ -28,6 +28,7 @@ from dspark_export.graph.deepseek_v4.drafter import DeepSeekDrafterGraph
 from dspark_export.graph.drafter import DrafterGraph
 from dspark_export.graph.head import MAX_CANDIDATES
 from dspark_export.graph.tape import save_graph
+from dspark_export.layer_tensors import layer_shapes, unread
 from dspark_export.layouts import read_drafter
 from dspark_export.publish import Progress, file_digests, file_sizes, published, tool_versions
 from dspark_export.quantization.plan import Int8Plan, LinearPlan
@@ -165,16 +166,11 @@ def check_against_verifier(spec: DrafterSpec, weights: WeightSource, verifier: V
     for tensor, shape in expected.items():
         if weights.shape(tensor) != shape:
             raise ExportError(f"drafter {name}: expected {tensor} of shape {shape}, got {weights.shape(tensor)}")
-    unknown = sorted(
-        tensor
-        for tensor in weights.names() - {*expected}
-        if tensor.startswith(("layers.", "markov_head.")) and not tensor.endswith(".rotary_emb.inv_freq")
-    )
+    unknown = unread(weights, expected, ("layers.", "markov_head."))
     if unknown:
         raise ExportError(
             f"drafter {name}: expected the tensors of {decoder.num_layers} layers and a {spec.head} head, as "
-            f"config.json says, got {unknown[0]}{f' and {len(unknown) - 1} more' if unknown[1:] else ''} as well; the "
-            "files do not belong together"
+            f"config.json says, got {unknown} as well; the files do not belong together"
         )
     if "d2t" in expected:
         _check_token_table(weights.read("d2t"), decoder.vocab_size, name)
@@ -190,9 +186,7 @@ def _check_token_table(ids: NDArray[Any], vocab_size: int, name: str) -> None:
 
 def _expected_shapes(spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
     """Every tensor that the graphs read, with its shape. Embedding and LM head come from the verifier."""
-    decoder, attention, rank = spec.decoder, spec.decoder.attention, spec.markov_rank
-    hidden, inner = decoder.hidden_size, decoder.intermediate_size
-    queries, keys = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+    decoder, hidden, rank = spec.decoder, spec.decoder.hidden_size, spec.markov_rank
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (hidden, spec.feature_size),
         "hidden_norm.weight": (hidden,),
@@ -201,35 +195,7 @@ def _expected_shapes(spec: DrafterSpec) -> dict[str, tuple[int, ...]]:
         "markov_head.markov_w2.weight": (spec.draft_vocab_size, rank),
     }
     for layer in range(decoder.num_layers):
-        prefix = f"layers.{layer}"
-        shapes |= {
-            f"{prefix}.input_layernorm.weight": (hidden,),
-            f"{prefix}.post_attention_layernorm.weight": (hidden,),
-            f"{prefix}.self_attn.q_proj.weight": (queries, hidden),
-            f"{prefix}.self_attn.k_proj.weight": (keys, hidden),
-            f"{prefix}.self_attn.o_proj.weight": (hidden, queries),
-            f"{prefix}.mlp.gate_proj.weight": (inner, hidden),
-            f"{prefix}.mlp.up_proj.weight": (inner, hidden),
-            f"{prefix}.mlp.down_proj.weight": (hidden, inner),
-        }
-        biased = {"self_attn.q_proj": queries, "self_attn.k_proj": keys, "self_attn.v_proj": keys}
-        widths = {part: width for part, width in biased.items() if attention.qkv_bias}
-        widths |= {"self_attn.o_proj": hidden} if attention.output_bias else {}
-        if decoder.mlp_bias:
-            widths |= {"mlp.gate_proj": inner, "mlp.up_proj": inner, "mlp.down_proj": hidden}
-        if attention.keys_are_values:
-            widths.pop("self_attn.v_proj", None)
-        shapes |= {f"{prefix}.{part}.bias": (width,) for part, width in widths.items()}
-        if not attention.keys_are_values:
-            shapes[f"{prefix}.self_attn.v_proj.weight"] = (keys, hidden)
-        if decoder.branch_norms:
-            shapes[f"{prefix}.pre_feedforward_layernorm.weight"] = (hidden,)
-            shapes[f"{prefix}.post_feedforward_layernorm.weight"] = (hidden,)
-        if decoder.layer_scalar:
-            shapes[f"{prefix}.layer_scalar"] = (1,)
-        if attention.qk_norm:
-            shapes[f"{prefix}.self_attn.q_norm.weight"] = (attention.head_dim,)
-            shapes[f"{prefix}.self_attn.k_norm.weight"] = (attention.head_dim,)
+        shapes |= layer_shapes(decoder, layer, f"layers.{layer}")
     if spec.head == "gated":
         shapes |= {"markov_head.gate_proj.weight": (rank, hidden + rank), "markov_head.gate_proj.bias": (rank,)}
     if spec.head == "rnn":

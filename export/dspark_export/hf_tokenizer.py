@@ -12,6 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from dspark_export.errors import ExportError
+from dspark_export.families.common import text_config
 from dspark_export.tokenizer_info import TokenizerInfo
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def copy_tokenizer(model_dir: Path, out_dir: Path) -> TokenizerInfo | None:
         shutil.copyfile(path, out_dir / path.name)
 
     bos_token, eos_token = _content(named.get("bos_token")), _content(named.get("eos_token"))
-    text_model = _text_config(model)
+    text_model = text_config(model)
     bos_id = _token_id(tokenizer, bos_token)
     if bos_id is None:
         bos_id = next(iter(_ids(model.get("bos_token_id"), text_model.get("bos_token_id"))), None)
@@ -75,13 +76,8 @@ def stated_ends(model_dir: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
         ExportError: generation_config.json is corrupt.
     """
     generation = _read_json(model_dir / "generation_config.json")
-    said = (found.get("eos_token_id") for found in (generation, config, _text_config(config)))
+    said = (found.get("eos_token_id") for found in (generation, config, text_config(config)))
     return tuple(sorted(set(_ids(*said))))
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = config.get("text_config")
-    return found if isinstance(found, Mapping) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,12 +8,11 @@ import numpy as np
 
 from dspark_export.decoder import Decoder
 from dspark_export.errors import ExportError
+from dspark_export.layer_tensors import layer_shapes, unread
 from dspark_export.weights import WeightSource
 
 _TEXT = ("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
 """How names of the language model begin; a multimodal checkpoint has others besides."""
-_TABLE = ".rotary_emb.inv_freq"
-"""End of a buffer in old checkpoints, which follows from the config."""
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -37,52 +36,23 @@ def check_tensors(decoder: Decoder, weights: WeightSource, name: str) -> None:
             'matrix; with "tie_word_embeddings": false in config.json it is used, without the tensor it is not'
         )
     known = {*expected, _HEAD} if decoder.tied_embedding else {*expected}
-    unknown = sorted(
-        tensor
-        for tensor in weights.names() - known
-        if tensor.startswith(_TEXT) and not tensor.endswith(_TABLE)
-    )  # fmt: skip
+    unknown = unread(weights, known, _TEXT)
     if unknown:
-        more = f" and {len(unknown) - 1} more" if unknown[1:] else ""
         raise ExportError(
             f"model {name}: expected the tensors of {decoder.num_layers} {decoder.family} layers as config.json says, "
-            f"got {unknown[0]}{more} as well, which that model does not have; the checkpoint's files do not belong "
+            f"got {unknown} as well, which that model does not have; the checkpoint's files do not belong "
             "together, or it is of another architecture"
         )
 
 
 def expected_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     """Every tensor that the graph of a decoder in the layout of Llama reads, with its shape."""
-    hidden, inner, table = decoder.hidden_size, decoder.intermediate_size, (decoder.vocab_size, decoder.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: table, "model.norm.weight": (hidden,)}
+    table = (decoder.vocab_size, decoder.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: table, "model.norm.weight": (decoder.hidden_size,)}
     if not decoder.tied_embedding:
         shapes[_HEAD] = table
-    for layer, attention in enumerate(decoder.layer_attentions):
-        prefix, dim = f"model.layers.{layer}", attention.head_dim
-        queries, keys = attention.num_heads * dim, attention.num_kv_heads * dim
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        if decoder.branch_norms:
-            norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-        shapes |= {f"{prefix}.{norm}.weight": (hidden,) for norm in norms}
-        if attention.qk_norm:
-            shapes |= {f"{prefix}.self_attn.{kind}_norm.weight": (dim,) for kind in "qk"}
-        if decoder.layer_scalar:
-            shapes[f"{prefix}.layer_scalar"] = (1,)
-        products = [
-            ("self_attn.q_proj", queries, hidden, attention.qkv_bias),
-            ("self_attn.k_proj", keys, hidden, attention.qkv_bias),
-            ("self_attn.v_proj", keys, hidden, attention.qkv_bias),
-            ("self_attn.o_proj", hidden, queries, attention.output_bias),
-            ("mlp.gate_proj", inner, hidden, decoder.mlp_bias),
-            ("mlp.up_proj", inner, hidden, decoder.mlp_bias),
-            ("mlp.down_proj", hidden, inner, decoder.mlp_bias),
-        ]
-        for part, width, reads, bias in products:
-            if part == "self_attn.v_proj" and attention.keys_are_values:
-                continue
-            shapes[f"{prefix}.{part}.weight"] = (width, reads)
-            if bias:
-                shapes[f"{prefix}.{part}.bias"] = (width,)
+    for layer in range(decoder.num_layers):
+        shapes |= layer_shapes(decoder, layer, f"model.layers.{layer}")
     return shapes
 
 
