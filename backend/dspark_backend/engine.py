@@ -105,8 +105,7 @@ class Engine:
         config, roster = self._config, self.roster
         waiting = len({sequence.state for sequence in roster.prefilling})
         budget = chunk_budget(waiting, bool(roster.verifying), config.prefill_chunk, config.prefill_chunk_busy)
-        chosen: list[SequenceState] = []
-        pieces: list[Sequence[int]] = []
+        pairs: list[tuple[SequenceState, Sequence[int]]] = []
         leading = {sequence.state for sequence in roster.prefilling if sequence.index == 0}
         for sequence in list(roster.prefilling):
             if budget <= 0:
@@ -120,19 +119,18 @@ class Engine:
                 if sequence.slot is None:
                     continue  # its request failed with a sibling
             start = sequence.held_slot.length
-            pieces.append(sequence.prepared.prompt_ids[start : start + budget])
-            chosen.append(sequence)
-            budget -= len(pieces[-1])
+            piece = sequence.prepared.prompt_ids[start : start + budget]
+            pairs.append((sequence, piece))
+            budget -= len(piece)
         # Where the drafter failed, some of those that were chosen before may be gone.
-        there = [place for place, sequence in enumerate(chosen) if sequence.slot is not None]
-        chosen, pieces = [chosen[place] for place in there], [pieces[place] for place in there]
-        if not chosen:
+        pairs = [pair for pair in pairs if pair[0].slot is not None]
+        if not pairs:
             return
         # Once for all runs, and before it is asked which are neighbours: it may move sequences to other slots.
-        self._make_room(chosen, pieces)
-        slots = [sequence.held_slot.index for sequence in chosen]
-        for run in neighbours(slots, [len(piece) for piece in pieces]):
-            self._prefill_run([(chosen[place], pieces[place]) for place in run if chosen[place].slot is not None])
+        self._make_room(pairs)
+        slots = [sequence.held_slot.index for sequence, _ in pairs]
+        for run in neighbours(slots, [len(piece) for _, piece in pairs]):
+            self._prefill_run([pairs[place] for place in run if pairs[place][0].slot is not None])
 
     def _prefill_run(self, pairs: Sequence[tuple[SequenceState, Sequence[int]]]) -> None:
         """One run of the verifier over pieces of prompts."""
@@ -159,10 +157,9 @@ class Engine:
         drafts = self._speculator is not None and sequence.prepared.policy.drafts
         # The last token must run again: its logits are the answer's first.
         most = len(prompt) - 1
-        if drafts:
-            lacking = self.cache.lacks_context(slot, prompt, most)
+        if drafts and (lacking := self.cache.lacks_context(slot, prompt, most)):
             for other in [*self.roster.prefilling, *self.roster.verifying]:
-                if lacking is not None and other.slot is lacking:
+                if other.slot is lacking:
                     self._flush(other)
             if sequence.slot is None:
                 return
@@ -192,7 +189,7 @@ class Engine:
             return
         sequences = [sequence for sequence, _ in pairs]
         pieces = [(sequence.anchor, *block.drafts.tokens) for sequence, block in pairs]
-        self._make_room(sequences, pieces)
+        self._make_room(list(zip(sequences, pieces, strict=True)))
         ran = self._run(sequences, pieces)
         if ran is None:
             return
@@ -253,10 +250,9 @@ class Engine:
             if sound < len(target.top_logit):
                 self.cache.scrub(sequence.held_slot, sequence.held_slot.length + sound)
 
-    def _make_room(self, chosen: Sequence[SequenceState], pieces: Sequence[Sequence[int]]) -> None:
+    def _make_room(self, pairs: Sequence[tuple[SequenceState, Sequence[int]]]) -> None:
         """Bring the cache into the shape that the next tokens of these sequences want. May move them to other slots."""
-        ends = (sequence.held_slot.length + len(piece) for sequence, piece in zip(chosen, pieces, strict=True))
-        self.cache.prepare(max(ends))
+        self.cache.prepare(max(sequence.held_slot.length + len(piece) for sequence, piece in pairs))
 
     def _take(self, sequence: SequenceState, block: Block, target: TargetRows) -> int | None:
         """Append the target's tokens to a sequence. Returns how many drafts stood; None where the request failed."""

@@ -184,8 +184,10 @@ class KvCache:
         """
         wanted = np.asarray(token_ids[:limit], dtype=np.int64)
         best, length = self._longest_prefix(slot, wanted, with_context=False)
-        found = self._longest_prefix(slot, wanted, with_context=True)[1]
-        return best if length > found and length >= _MIN_REUSE else None
+        # Mostly there is nothing to reuse, or nothing is lacking: the slots are not gone through again then.
+        if length < _MIN_REUSE or best.context_length >= length:
+            return None
+        return best if length > self._longest_prefix(slot, wanted, with_context=True)[1] else None
 
     def _longest_prefix(self, slot: Slot, wanted: NDArray[np.int64], with_context: bool) -> tuple[Slot, int]:
         """The slot that shares most tokens with ``wanted`` at its beginning, and how many."""
