@@ -54,10 +54,8 @@ def build_request(
     Raises:
         InvalidRequestError: a value cannot be written as its tensor; the message names the tensor and the value.
     """
-    names = {"model_name": model_name, "model_version": model_version, "request_id": request_id}
-    for name, text in names.items():
-        if not isinstance(text, str) or not _is_unicode(text):
-            raise InvalidRequestError(f"{name}: expected text, got {text!r}")
+    for name, text in (("model_name", model_name), ("model_version", model_version), ("request_id", request_id)):
+        _utf8(name, text)
     request = service_pb2.ModelInferRequest(model_name=model_name, model_version=model_version, id=request_id)
     values = _values(prompt, options, stream)
     for spec in INPUTS:
@@ -149,21 +147,17 @@ def _flag(spec: TensorSpec, value: object) -> bool:
     return bool(value)
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _text(spec: TensorSpec, value: object) -> bytes:
+    return _utf8(spec.name, value)
+
+
+def _utf8(name: str, value: object) -> bytes:
     if not isinstance(value, str):
-        raise InvalidRequestError(f"{spec.name}: expected text, got {value!r}")
+        raise InvalidRequestError(f"{name}: expected text, got {value!r}")
     try:
         return value.encode()
     except UnicodeEncodeError as error:
-        raise InvalidRequestError(f"{spec.name}: expected Unicode text, got a lone surrogate: {error}") from error
+        raise InvalidRequestError(f"{name}: expected Unicode text, got a lone surrogate: {error}") from error
 
 
 def _raw(array: npt.NDArray[np.generic]) -> bytes:
