@@ -129,12 +129,11 @@ class _Bench:
         artifact, count = self._drafter.artifact, point.num_requests
         start = max(end - artifact.block_size, 0)
         rows = min(_CONTEXT_ROWS, start)
-        width = len(artifact.target_layer_ids) * artifact.hidden_size
         slots = np.arange(count, dtype=np.int64)
         ones = np.ones(count, dtype=np.float32)
         batch = DraftBatch(
             context=ContextRows(
-                features=self._random.standard_normal((count * rows, width), dtype=np.float32),
+                features=self._random.standard_normal((count * rows, artifact.feature_size), dtype=np.float32),
                 positions=np.tile(np.arange(start - rows, start, dtype=np.int64), count),
                 slots=np.repeat(slots, rows),
             ),

@@ -270,6 +270,8 @@ class Speculator:
             state.pending = []
             state.context_length += rows
             slot.context_length = state.context_length
+        if not features:
+            return ContextRows.none(self._drafter.artifact.feature_size)
         return ContextRows(joined(features), np.concatenate(positions), np.concatenate(slots))
 
     def _depths(

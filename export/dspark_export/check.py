@@ -79,7 +79,7 @@ def draft_once(stage: OnnxRuntimeDrafter, split: int) -> DraftOutput:
     """A block behind some context rows, the first ``split`` of them through the context graph where fewer."""
     artifact, random = stage.artifact, np.random.default_rng(0)
     count = min(_TOKENS, artifact.max_context)
-    features = random.standard_normal((count, len(artifact.target_layer_ids) * artifact.hidden_size), dtype=np.float32)
+    features = random.standard_normal((count, artifact.feature_size), dtype=np.float32)
     stage.allocate(1, count + artifact.block_size, ())
 
     def rows(start: int, end: int) -> ContextRows:

@@ -153,6 +153,18 @@ def test_long_prompts_do_not_pile_up_features(speculating, monkeypatch):
     assert len(sink.tokens()) == 10 and sum(commits) >= 300
 
 
+@pytest.mark.parametrize("length", [256, 257, 300])
+def test_a_prompt_that_is_flushed_as_it_ends_is_drafted_for(speculating, length):
+    """Nothing waits for the first drafting round then."""
+    wanted = ids(*prompt(3, length), max_tokens=20)
+    texts, counts = [], []
+    for chunk in (32, 512):
+        driver = speculating(policy="fixed:64", prefill_chunk=chunk, prefill_chunk_busy=chunk)
+        texts.append(driver.run(wanted)[0].tokens())
+        counts.append([record.accepted for record in driver.records])
+    assert texts[0] == texts[1] and counts[0] == counts[1] and len(texts[0]) == 20
+
+
 def test_prefixes_are_reused_with_the_drafters_rows(speculating):
     wanted, _ = golden_request("qwen3_vanilla", draft_policy="fixed:64")
     driver = speculating()

@@ -52,11 +52,18 @@ class _Sizes:
 
     runtime: str
     dtype: str
+    hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     layer_caches: tuple[tuple[int, int], ...]
+    target_layer_ids: tuple[int, ...]
+
+    @property
+    def feature_size(self) -> int:
+        """F: channels of a position's features, the outputs of the tapped layers side by side."""
+        return len(self.target_layer_ids) * self.hidden_size
 
     @property
     def cache_shapes(self) -> tuple[tuple[int, int], ...]:

@@ -27,6 +27,12 @@ class ContextRows:
     def num_rows(self) -> int:
         return len(self.positions)
 
+    @classmethod
+    def none(cls, feature_size: int) -> ContextRows:
+        """No rows: all that is committed is in the cache already."""
+        nowhere = np.empty(0, dtype=np.int64)
+        return cls(np.empty((0, feature_size), dtype=np.float32), nowhere, nowhere)
+
 
 @dataclass(frozen=True)
 class DraftSampling:

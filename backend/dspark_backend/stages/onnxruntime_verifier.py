@@ -48,7 +48,6 @@ class OnnxRuntimeVerifier:
         self._cache = placement.cache(self._artifact.cache_shapes)
         self._place: tuple[BatchLayout, SlotWindow, bytes] | None = None
         """Of the step that is bound."""
-        self._feature_size = len(self._artifact.target_layer_ids) * self._artifact.hidden_size
 
     @property
     def artifact(self) -> VerifierArtifact:
@@ -84,7 +83,7 @@ class OnnxRuntimeVerifier:
             logits=binding.output_rows("logits", (wanted, self._artifact.vocab_size)),
             argmax=binding.output("argmax", (wanted,), np.int64),
             top_logit=binding.output("top_logit", (wanted,)),
-            features=binding.output_rows("features", (tokens, self._feature_size)),
+            features=binding.output_rows("features", (tokens, self._artifact.feature_size)),
         )
         binding.run()
         return output

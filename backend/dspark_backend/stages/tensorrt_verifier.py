@@ -74,7 +74,6 @@ class TensorRtVerifier(SlotStage):
             SHARED_HEAD: shared_matrix(self._device, directory, artifact.head, dtype),
         }
         self._view_length = 1
-        self._feature_size = taps * artifact.hidden_size
 
     @property
     def artifact(self) -> VerifierArtifact:
@@ -110,7 +109,7 @@ class TensorRtVerifier(SlotStage):
             logits=self._rows(_LOGITS, wanted, self._artifact.vocab_size),
             argmax=argmax[:wanted],
             top_logit=top_logit[:wanted],
-            features=self._rows("features", batch.num_tokens, self._feature_size),
+            features=self._rows("features", batch.num_tokens, self._artifact.feature_size),
             ranked=ranked,
         )
 

@@ -45,7 +45,7 @@ class Corpus:
         self._writer = writer
         self._target = target
         self._settings = settings
-        self._feature_size = len(artifact.target_layer_ids) * artifact.hidden_size
+        self._feature_size = artifact.feature_size
         self._lock = FolderLock(directory / "writer.lock")
         self._shards: list[list[Dialogue]] = []
         self._records: dict[int, RecordFile] = {}
