@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from dspark_backend.stages.rows import Rows
 
+RECENT = 8
+"""Rounds whose survival curves are kept."""
+
 Survival: TypeAlias = NDArray[np.float64]
 """[g]: calibrated probability that drafts 1 .. k all stand."""
 
@@ -38,10 +41,16 @@ class DraftState:
     """Rows in the drafter's cache."""
     expected: Survival | None = None
     """[g]: running mean of its survival curves."""
-    recent: deque[Survival] = field(default_factory=lambda: deque(maxlen=2))
-    """Survival curves [g] of the last two rounds it drafted in, the older one first."""
+    recent: deque[Survival] = field(default_factory=lambda: deque(maxlen=RECENT))
+    """Survival curves [g] of the last rounds it drafted in, the oldest first."""
     idle_rounds: int = 0
     """Rounds since it last drafted."""
+
+    def rounds(self, usual: Survival) -> list[Survival]:
+        """``RECENT`` curves [g] that rounds to come may look like: those of the last ones, and in the place of those
+        that are not known the mean, or ``usual`` before the first."""
+        mean = usual if self.expected is None else self.expected
+        return [mean] * (RECENT - len(self.recent)) + list(self.recent)
 
     @property
     def pending_rows(self) -> int:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from operator import attrgetter
 
 import numpy as np
 
 from dspark_backend.draft_state import Survival
 from dspark_backend.round_cost import RoundCost
+from dspark_backend.scheduling import FloatArray, IntArray
 from dspark_backend.sequence import SequenceState
-from dspark_backend.stages.batch import IntArray
 
 _UNTRIED = 4
 """Sequences that have not drafted yet do so along with others, or when they are one in so many of the batch: a trial
@@ -33,6 +35,9 @@ _LOOK_EVERY = 12
 going deeper pays."""
 _CLOSE = 1.35
 """Where drafting is expected to bring less, a round without it now and then is worth what it tells of its price."""
+_DEEPER = 0.98
+"""Part of the most tokens a second for which the deepest blocks that reach it are drafted: what stands behind a block
+that ends early is not seen, and a bad guess of it would stay."""
 _DEPTHS = (1, 2, 3, 5)
 """Depths that are tried beside whole blocks."""
 
@@ -100,7 +105,7 @@ class DraftingChoice:
             return found | untried
         if untried and prior is not None and _UNTRIED * len(untried) >= len(running):
             # As if all were as good as may be hoped: one alone could not bring a tenth for many.
-            hoped = np.tile(prior**_HOPE, (len(running), 1))
+            hoped = np.tile(prior**_HOPE, (1, len(running), 1))
             room = np.full(len(running), self._block_size, dtype=np.int64)
             if most_gainful(hoped, room, len(running), capacity, self._cost).rows:
                 return untried
@@ -123,9 +128,8 @@ class DraftingChoice:
         if self._decided is None or self._decided.spent or self._decided.key != key:
             if prior is None:
                 return Chosen(adaptive, self._block_size, self._block_size)  # nothing is known yet: find out
-            curves = [running[row].draft.expected for row in adaptive]
-            expected = np.array([prior if curve is None else curve for curve in curves])
-            found = most_gainful(expected, limits[adaptive], len(running), capacity, self._cost, floor)
+            rounds = np.array([running[row].draft.rounds(prior) for row in adaptive]).swapaxes(0, 1)
+            found = most_gainful(rounds, limits[adaptive], len(running), capacity, self._cost, floor)
             self._decided = _Decision(key, found)
         chosen = self._decided.chosen
         self._decided.rounds += 1
@@ -137,41 +141,66 @@ class DraftingChoice:
 
 
 def most_gainful(
-    survival: Survival, limits: IntArray, count: int, capacity: int, cost: RoundCost, floor: int = 0
+    rounds: FloatArray, limits: IntArray, count: int, capacity: int, cost: RoundCost, floor: int = 0
 ) -> Chosen:
-    """Rows of ``survival`` [n, g] that should draft, and how deep, for the most tokens a second; none where drafting
-    lowers them.
+    """Which of n sequences should draft, and how deep, for the most tokens a second; none where drafting lowers them.
+
+    Rounds differ: in one that turns out sure a wide block is worth much, another is cut short. So tokens over seconds
+    of several ``rounds`` together are compared, each verified as deep as is best for it: the mean of their curves would
+    be worth less than they are.
 
     Those with the longest expected prefix go first; up to how many is tried in quarters of all, how deep in steps that
-    grow. Where drafting brings less than ``_MARGIN``, nobody drafts.
+    grow, and the deepest of what is nearly best is taken. Where drafting brings less than ``_MARGIN``, nobody drafts.
 
     Args:
+        rounds: [m, n, g], survival curves of m rounds that are taken to be as likely as one another.
         limits: [n], most drafts worth verifying for each.
         count: requests of the batch, n or more.
         floor: how deep others of the batch go anyway.
     """
-    size, block = survival.shape
+    block = rounds.shape[-1]
     # What was learned in earlier rounds cannot leak a token of this one: a free search is allowed here.
-    within = np.where(np.arange(block) < limits[:, None], survival, 0.0)
+    within = np.where(np.arange(block) < limits[:, None], rounds, 0.0)
     plain = count / float(cost.step_seconds(count, 0, capacity, floor)[0])
-    best, chosen = _MARGIN * plain, Chosen([], 0)
-    tried_depths = {*(depth for depth in _DEPTHS if depth < block), block}
-    depths = sorted(tried_depths) if cost.depth_costs(count, capacity) else [block]
-    sizes = range(1, size + 1) if size <= 4 else sorted({-(-size * part // 4) for part in range(1, 5)})
-    for depth in depths:
-        order = np.argsort(-within[:, :depth].sum(axis=1), kind="stable")
-        for tried in sizes:
-            rows = order[:tried]
-            most = int(np.minimum(limits[rows], depth).sum())
-            if not most:
-                continue
-            ranked = -np.sort(-within[rows, :depth], axis=None)[:most]
-            seconds = cost.step_seconds(count, most, capacity, max(depth, floor))[1:]
-            seconds += cost.draft_seconds(tried, capacity, depth)
-            throughput = float(((count + np.cumsum(ranked)) / seconds).max())
-            if throughput > best:
-                best, chosen = throughput, Chosen(sorted(rows.tolist()), depth, depth, throughput / plain)
-    return chosen
+    tried = {*(depth for depth in _DEPTHS if depth < block), block} if cost.depth_costs(count, capacity) else {block}
+
+    def seconds(drafting: int, drafts: int, depth: int) -> FloatArray:
+        verifying = cost.step_seconds(count, drafts, capacity, max(depth, floor))
+        return verifying + cost.draft_seconds(drafting, capacity, depth)
+
+    found = [
+        _of_depth(depth, within[..., :depth], limits, count, plain, partial(seconds, depth=depth)) for depth in tried
+    ]
+    enough = max(_MARGIN, _DEEPER * max(chosen.gain for chosen in found))
+    return max((chosen for chosen in found if chosen.gain >= enough), key=attrgetter("depth"), default=Chosen([], 0))
+
+
+def _of_depth(
+    depth: int,
+    rounds: FloatArray,
+    limits: IntArray,
+    count: int,
+    plain: float,
+    seconds: Callable[[int, int], FloatArray],
+) -> Chosen:
+    """The best rows of ``rounds`` [m, n, depth] to draft so deep. ``plain``: tokens a second of a round without drafts.
+
+    ``seconds``: of a round by drafts verified, [k + 1], from how many draft and k.
+    """
+    number, size, _ = rounds.shape
+    order = np.argsort(-rounds.mean(axis=0).sum(axis=1), kind="stable")
+    best = Chosen([], depth, depth, 0.0)
+    for tried in range(1, size + 1) if size <= 4 else sorted({-(-size * part // 4) for part in range(1, 5)}):
+        rows = order[:tried]
+        most = int(np.minimum(limits[rows], depth).sum())
+        tokens = np.full((number, most + 1), float(count))
+        tokens[:, 1:] -= np.cumsum(np.sort(-rounds[:, rows].reshape(number, -1), axis=1)[:, :most], axis=1)
+        took = seconds(tried, most)
+        verified = np.argmax(tokens / took, axis=1)
+        gain = float(tokens[np.arange(number), verified].sum() / took[verified].sum()) / plain
+        if gain > best.gain:
+            best = Chosen(sorted(rows.tolist()), depth, depth, gain)
+    return best
 
 
 @dataclass

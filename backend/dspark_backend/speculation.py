@@ -297,7 +297,7 @@ class Speculator:
     def _lagged(self, sequence: SequenceState) -> Survival:
         """Survival of two rounds ago; before that the mean over everybody."""
         recent = sequence.draft.recent
-        return recent[0] if len(recent) == 2 else self._usual
+        return recent[-2] if len(recent) >= 2 else self._usual
 
     def _remember(self, drafting: Sequence[SequenceState], survival: FloatArray) -> None:
         for sequence, curve in zip(drafting, survival, strict=True):
