@@ -28,20 +28,28 @@ class Comparison:
     """Share of positions with the same most probable token."""
 
 
+def require_transformers() -> None:
+    """Raises ExportError where torch or transformers is not installed."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ExportError(
+            f"--check-against-transformers needs torch and transformers ({error}); "
+            "run: pip install torch==2.13.0 transformers"
+        ) from error
+
+
 def load_reference(path: Path) -> Any:
     """The checkpoint as a float32 ``transformers`` model on the CPU.
 
     Raises:
         ExportError: torch or transformers is not installed.
     """
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM
-    except ImportError as error:
-        raise ExportError(
-            f"--check-against-transformers needs torch and transformers ({error}); "
-            "run: pip install torch==2.13.0 transformers"
-        ) from error
+    require_transformers()
+    import torch
+    from transformers import AutoModelForCausalLM
+
     folder, options = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     return model.eval()

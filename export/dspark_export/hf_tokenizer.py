@@ -55,7 +55,12 @@ def copy_tokenizer(model_dir: Path, out_dir: Path) -> TokenizerInfo | None:
     if bos_id is None:
         bos_id = next(iter(_ids(model.get("bos_token_id"), text_model.get("bos_token_id"))), None)
         bos_token = None if bos_id is None else tokenizer.id_to_token(bos_id)
-    ends.update(_ids(_token_id(tokenizer, eos_token)))
+    end = _token_id(tokenizer, eos_token)
+    if eos_token is not None and end is None:
+        logger.warning(
+            "%s: eos_token %r is no token of tokenizer.json; answers end at %s", model_dir, eos_token, sorted(ends)
+        )
+    ends.update(_ids(end))
     if eos_token is None and ends:
         eos_token = tokenizer.id_to_token(min(ends))
     add_bos = settings.get("add_bos_token")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from dspark_backend.stages.artifact import TensorLocation, VerifierArtifact, sav
 from dspark_backend.stages.engine_contract import COMPUTE_DTYPES
 from dspark_backend.stages.onnxruntime_verifier import MODEL_FILE
 from dspark_export.check import check_verifier
+from dspark_export.compare import Comparison, compare_with_transformers, require_transformers
 from dspark_export.decoder import Decoder
 from dspark_export.deepseek_v4 import DeepSeekV4
 from dspark_export.errors import ExportError
@@ -84,6 +85,8 @@ class VerifierExport:
     """For int4: ``gptq``, or ``nearest``, which needs no calibration and compares nothing."""
     check: bool = True
     """Whether to load the written graph and run a text through it; that takes the model's memory in float32."""
+    against_transformers: bool = False
+    """Whether to compare its logits with those of ``transformers`` before it is published."""
 
     def __post_init__(self) -> None:
         check_precision(self.runtime, self.dtype)
@@ -112,15 +115,19 @@ class ExportedVerifier:
     artifact: VerifierArtifact
     quality: Quality | None
     """Of int8 or int4 against float32."""
+    comparison: Comparison | None = None
+    """With transformers, where that was wanted."""
 
 
 def export_verifier(options: VerifierExport, progress: Progress) -> ExportedVerifier:
     """Write the artifact into ``options.out``; nothing changes there unless everything succeeded.
 
     Raises:
-        ExportError: the checkpoint is incomplete or of a kind we cannot build, or the graph fails its check.
+        ExportError: the checkpoint is incomplete or of a kind we cannot build, or the graph fails a check.
     """
     path = resolve_model(options.model)
+    if options.against_transformers:
+        require_transformers()
     weights = open_weights(path)
     decoder = describe(weights.config)
     if isinstance(decoder, DeepSeekV4):
@@ -128,7 +135,7 @@ def export_verifier(options: VerifierExport, progress: Progress) -> ExportedVeri
     require_unquantised(weights.config, f"model {path.name}")
     if not isinstance(decoder, DeepSeekV4):
         check_tensors(decoder, weights, path.name)
-    taps = _taps(decoder, options.target_layer_ids)
+    taps = taps_of(decoder, options.target_layer_ids)
     max_context = min(decoder.max_position, options.max_context or DEFAULT_MAX_CONTEXT)
     if options.max_context and options.max_context > decoder.max_position:
         raise ExportError(
@@ -140,19 +147,10 @@ def export_verifier(options: VerifierExport, progress: Progress) -> ExportedVeri
         tokenizer = _write_tokenizer(path, weights, work) or _without_tokenizer(path, weights)
         weights = FiniteWeights(weights, options.dtype)
         writer = _Writer(options, decoder, weights, taps, max_context, tokenizer, (path.name, digest), work, progress)
-        if options.dtype != "int8" and (options.dtype != "int4" or options.rounding == NEAREST):
-            return ExportedVerifier(writer.write(), None)
-        texts = read_texts(
-            options.calibration_text, work, tokenizer, decoder.vocab_size,
-            options.calibration_tokens or CALIBRATION_TOKENS[options.dtype], options.check_tokens, max_context,
-        )  # fmt: skip
-        if options.dtype == "int4":
-            compute = COMPUTE_DTYPES[options.dtype]
-            with rounded_model(decoder, weights, texts, compute, options.out, progress) as rounded:
-                return ExportedVerifier(writer.write(rounded=rounded.weights), rounded.quality)
-        with calibration(decoder, weights, texts, options.out, progress) as calibrated:
-            artifact = writer.write(calibrated.plan(progress))
-            return ExportedVerifier(artifact, calibrated.quality(work, progress))
+        exported = writer.export()
+        if options.against_transformers:
+            exported = replace(exported, comparison=compare_with_transformers(path, work))
+        return exported
 
 
 @dataclass(frozen=True)
@@ -169,6 +167,23 @@ class _Writer:
     """Name and hash."""
     work: Path
     progress: Progress
+
+    def export(self) -> ExportedVerifier:
+        """All files, and how good they are where something was rounded."""
+        options = self.options
+        if options.dtype != "int8" and (options.dtype != "int4" or options.rounding == NEAREST):
+            return ExportedVerifier(self.write(), None)
+        texts = read_texts(
+            options.calibration_text, self.work, self.tokenizer, self.decoder.vocab_size,
+            options.calibration_tokens or CALIBRATION_TOKENS[options.dtype], options.check_tokens, self.max_context,
+        )  # fmt: skip
+        if options.dtype == "int4":
+            compute = COMPUTE_DTYPES[options.dtype]
+            with rounded_model(self.decoder, self.weights, texts, compute, options.out, self.progress) as rounded:
+                return ExportedVerifier(self.write(rounded=rounded.weights), rounded.quality)
+        with calibration(self.decoder, self.weights, texts, options.out, self.progress) as calibrated:
+            artifact = self.write(calibrated.plan(self.progress))
+            return ExportedVerifier(artifact, calibrated.quality(self.work, self.progress))
 
     def write(self, plan: Int8Plan | None = None, rounded: Int4Weights | None = None) -> VerifierArtifact:
         decoder, tokenizer, dtype = self.decoder, self.tokenizer, self.options.dtype
@@ -245,7 +260,12 @@ def check_deepseek(runtime: str, dtype: str) -> None:
         )
 
 
-def _taps(decoder: Decoder, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+def taps_of(decoder: Decoder, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The layers whose outputs are handed out; None takes the default spread.
+
+    Raises:
+        ExportError: a layer that is not there, or layers out of order.
+    """
     if wanted is None:
         return decoder.default_taps()
     if not wanted or any(not 0 <= layer <= decoder.last_tap for layer in wanted):

@@ -76,6 +76,13 @@ def test_eos_is_the_union(model: Path, out: Path) -> None:
     assert info == TokenizerInfo(2, (1, 3, 4), None, None, "<s>", "<end>")
 
 
+def test_an_eos_token_that_is_none_is_said(model: Path, out: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(model, tokenizer_config={"eos_token": "<stop>"}, config={"eos_token_id": 3})
+    info = copy_tokenizer(model, out)
+    assert info is not None and info.eos_token_ids == (3,)
+    assert "eos_token '<stop>' is no token of tokenizer.json; answers end at [3]" in caplog.text
+
+
 def test_ids_of_the_model_config_alone(model: Path, out: Path) -> None:
     write(model, config={"text_config": {"bos_token_id": 2, "eos_token_id": [3]}})
     assert copy_tokenizer(model, out) == TokenizerInfo(2, (3,), None, None, "<s>", "</s>")

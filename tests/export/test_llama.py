@@ -11,9 +11,11 @@ import tiny_llama
 from safetensors.numpy import load_file, save_file
 
 from dspark_backend.stages.onnxruntime_verifier import OnnxRuntimeVerifier
+from dspark_export import compare
 from dspark_export.check import prompt_logits
 from dspark_export.compare import compare_with_transformers
 from dspark_export.errors import ExportError
+from dspark_export.verifier import VerifierExport, export_verifier
 
 TOLERANCE = 1e-4
 
@@ -128,3 +130,13 @@ class TestComparison:
         artifact = artifacts.export(tmp_path / "other", tmp_path / "out")
         with pytest.raises(ExportError, match="the exported graph differs from transformers"):
             compare_with_transformers(tmp_path / "model", artifact)
+
+    def test_an_export_that_differs_is_not_published(self, tmp_path, monkeypatch):
+        tiny_llama.make(tmp_path / "model")
+        options = VerifierExport(str(tmp_path / "model"), tmp_path / "out", against_transformers=True)
+        assert export_verifier(options, artifacts.silent).comparison.same_argmax == 1.0
+        before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+        monkeypatch.setattr(compare, "LARGEST_DIFFERENCE", 0.0)
+        with pytest.raises(ExportError, match="the exported graph differs from transformers"):
+            export_verifier(options, artifacts.silent)
+        assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before

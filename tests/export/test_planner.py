@@ -250,6 +250,8 @@ class TestCommand:
         out = ["--out", str(tmp_path / "out")]
         target = CliRunner().invoke(cli.app, ["verifier", *folders[:2], *out, "--dry-run", "--dtype", "int8"])
         assert target.exit_code == 0 and "8.191 B" in target.output, target.output
+        taps = CliRunner().invoke(cli.app, ["verifier", *folders[:2], *out, "--dry-run", "--target-layer-ids", "1,99"])
+        assert isinstance(taps.exception, ExportError) and "--target-layer-ids: expected layers" in str(taps.exception)
         golden = GOLDEN / "qwen3_rnn" / "drafter"
         arguments = ["--verifier", str(golden_artifacts["qwen3_rnn"]), *out, "--dry-run"]
         draft = CliRunner().invoke(cli.app, ["drafter", "--checkpoint", str(golden), *arguments])

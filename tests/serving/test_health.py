@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import tritonclient.grpc as triton
+from typer.testing import CliRunner
 
-from dspark_backend.serving import health
+from dspark_backend.serving import cli, health
 from dspark_backend.serving.options import Ports
 
 from .conftest import Endpoint, MakeTriton
@@ -110,3 +111,11 @@ def test_the_probe_command_exits_with_its_verdict(
     assert busy.returncode == 0 and busy.stdout.startswith("busy: model counting gave no answer"), busy
     still = probe("--model", "counting", "--live", "--timeout", "0.5")
     assert still.returncode == 1 and health.beside(server.grpc_url) in still.stdout, still
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--timeout", "inf"), ("--timeout", "0"), ("--wait", "-1"), ("--wait", "inf")]
+)
+def test_times_that_cannot_be_waited_for(option, value):
+    result = CliRunner().invoke(cli.app, ["health", option, value])
+    assert result.exit_code == 2 and f"Invalid value for '{option}'" in result.output

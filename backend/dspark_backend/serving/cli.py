@@ -22,6 +22,9 @@ from dspark_backend.serving.distribution import find_distribution
 from dspark_backend.serving.launcher import Ending, Exit, TritonServer
 from dspark_backend.serving.options import PortInUse, Ports, ServeOptions
 
+MOST_SECS = 86400.0
+"""Longest time that a check may be told to wait."""
+
 EXIT_USAGE = 2
 EXIT_PORT = 3
 EXIT_KILLED = 4
@@ -92,8 +95,10 @@ def health(
             help="with --live: counters that tell a busy model from a dead one; default: the port after --url's"
         ),
     ] = None,
-    timeout: Annotated[float, typer.Option(help="seconds for one check")] = 10.0,
-    wait: Annotated[float, typer.Option(help="seconds to go on checking until it is healthy")] = 0.0,
+    timeout: Annotated[float, typer.Option(help="seconds for one check", min=0.001, max=MOST_SECS)] = 10.0,
+    wait: Annotated[
+        float, typer.Option(help="seconds to go on checking until it is healthy", min=0.0, max=MOST_SECS)
+    ] = 0.0,
 ) -> None:
     """Exit 0 if the server can infer, 1 with a reason if not. Made for Kubernetes probes."""
     counters = (metrics_url or health_check.beside(url)) if live else None

@@ -19,7 +19,7 @@ from dspark_export.layouts import describe_checkpoint
 from dspark_export.planner import PRECISIONS, ModelSize, Plan, Precision, drafter_size
 from dspark_export.planner import plan as make_plan
 from dspark_export.source import open_weights, resolve_model
-from dspark_export.verifier import DEFAULT_MAX_CONTEXT
+from dspark_export.verifier import DEFAULT_MAX_CONTEXT, taps_of
 from dspark_export.weights import require_unquantised
 
 
@@ -45,12 +45,14 @@ def show_plan(
     dtype: str = "bfloat16",
     context: int | None = None,
     as_json: bool = False,
+    taps: tuple[int, ...] | None = None,
 ) -> None:
     """Print a plan to stdout. Raises ExportError where it cannot be made."""
     path = resolve_model(model)
     config = open_weights(path).config
     decoder = describe(config)
     require_unquantised(config, f"model {path.name}")
+    taps_of(decoder, taps)
     made = make_plan(
         decoder,
         None if drafter is None else describe_checkpoint(open_weights(drafter).config),

@@ -11,9 +11,7 @@ import typer
 from dspark_export.commands.layer_ids import layer_ids
 from dspark_export.commands.plan import show_plan
 from dspark_export.commands.progress import console, progress_bar
-from dspark_export.compare import compare_with_transformers
 from dspark_export.errors import ExportError
-from dspark_export.source import resolve_model
 from dspark_export.tensorrt_graphs import RUNTIME as TENSORRT
 from dspark_export.verifier import CALIBRATION_TOKENS, DEFAULT_MAX_CONTEXT, GPTQ, VerifierExport, export_verifier
 
@@ -59,10 +57,10 @@ def verifier(
         raise ExportError("--check-against-transformers: expected --runtime onnxruntime; nothing here runs an engine")
     options = VerifierExport(
         model, out, dtype, runtime, layer_ids(target_layer_ids), max_context,
-        calibration_text, calibration_tokens, check_tokens, rounding, check,
+        calibration_text, calibration_tokens, check_tokens, rounding, check, check_against_transformers,
     )  # fmt: skip
     if dry_run:
-        show_plan(model, dtype=dtype, context=max_context)
+        show_plan(model, dtype=dtype, context=max_context, taps=options.target_layer_ids)
         return
     with progress_bar("read the checkpoint") as progress:
         exported = export_verifier(options, progress)
@@ -79,10 +77,10 @@ def verifier(
             f"token at {quality.top1:.1%}",
             highlight=False,
         )
-    if check_against_transformers:
-        result = compare_with_transformers(resolve_model(model), out)
+    if exported.comparison is not None:
+        compared = exported.comparison
         console.print(
-            f"against transformers, {result.tokens} tokens: largest difference of logits "
-            f"{result.largest_difference:.1e}, same argmax at {result.same_argmax:.1%}",
+            f"against transformers, {compared.tokens} tokens: largest difference of logits "
+            f"{compared.largest_difference:.1e}, same argmax at {compared.same_argmax:.1%}",
             highlight=False,
         )
