@@ -19,7 +19,9 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
     divisors: tuple[float, ...] = ()
-    """kind ``factors``: one a channel pair, as GGUF files state them."""
+    """kind ``factors``: what each channel pair's frequency is divided by, as GGUF files and YaRN have it."""
+    amplitude: float = 1.0
+    """What cosines and sines are multiplied by: YaRN's attention factor."""
     rotated: float = 1.0
     """kind ``proportional``: the share of the head's channel pairs that turns; the others keep still (Gemma 4)."""
 
@@ -58,9 +60,11 @@ class Rope:
         raise ValueError(f"rope_type: expected default, linear, llama3, proportional or factors, got {scaling.kind!r}")
 
     def tables(self, positions: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Cosines and sines of positions 0 .. positions-1, each float32 [positions, head_dim / 2]."""
+        """Cosines and sines of positions 0 .. positions-1, times the amplitude, each float32
+        [positions, head_dim / 2]."""
         angles = np.outer(np.arange(positions, dtype=np.float32), self.inverse_frequencies())
-        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        amplitude = np.float32(self.scaling.amplitude)
+        return (np.cos(angles) * amplitude).astype(np.float32), (np.sin(angles) * amplitude).astype(np.float32)
 
 
 def _require_counts(**sizes: object) -> None:

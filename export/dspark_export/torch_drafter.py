@@ -99,6 +99,7 @@ class TorchDrafter(nn.Module):
         self.confidence_head = ConfidenceHead(spec) if spec.confidence else None
         self._kept_head: tuple[object, Tensor] | None = None
         self._inverse_frequencies = torch.from_numpy(decoder.attention.rope.inverse_frequencies())
+        self._amplitude = decoder.attention.rope.scaling.amplitude
 
     def forward(self, features: Tensor, positions: Tensor, anchor: int, start: int) -> BlockOutput:
         """One round of one request, greedy: A = 1.
@@ -173,9 +174,9 @@ class TorchDrafter(nn.Module):
         if spec.decoder.embedding_scale != 1.0:
             x = x * spec.decoder.embedding_scale
         context = self.hidden_norm(self.fc(features * self.feature_scale))
-        turn = Rotation.at(positions, self._inverse_frequencies, x.dtype)
+        turn = Rotation.at(positions, self._inverse_frequencies, x.dtype, self._amplitude)
         keys = ContextKeys(context, turn, texts, positions, starts)
-        rotation = Rotation.at(starts[:, None] + steps, self._inverse_frequencies, x.dtype)
+        rotation = Rotation.at(starts[:, None] + steps, self._inverse_frequencies, x.dtype, self._amplitude)
         for layer in self.layers:
             x = layer(x, rotation, keys)
         normed: Tensor = self.norm(x)

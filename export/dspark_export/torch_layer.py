@@ -22,11 +22,11 @@ class Rotation:
     sines: Tensor
 
     @classmethod
-    def at(cls, positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype) -> Rotation:
+    def at(cls, positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype, amplitude: float) -> Rotation:
         """For int64 ``positions`` of any shape."""
         angles = positions[..., None].float() * inverse_frequencies.to(positions.device)
         both = torch.cat([angles, angles], dim=-1)[..., None, :]
-        return cls(both.cos().to(dtype), both.sin().to(dtype))
+        return cls((both.cos() * amplitude).to(dtype), (both.sin() * amplitude).to(dtype))
 
     def apply(self, heads: Tensor) -> Tensor:
         """Rotate [..., heads, D]."""

@@ -72,7 +72,7 @@ class TestConfig:
         [
             ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
             ({"use_sliding_window": True}, "use_sliding_window: expected false"),
-            ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type: expected default, linear or llama3, got 'yarn'"),
+            ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type: expected default, linear, llama3 or yarn, got"),
             ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: expected 1.0"),
             ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) to be a multiple of num_key_value_heads \(3\)"),
             ({"num_key_value_heads": 0}, "config.json: "),

@@ -116,6 +116,20 @@ def test_the_same_bits_as_the_folder(changes, tmp_path):
     assert found.tobytes() == exported_logits(tmp_path / "folder", tmp_path / "other").tobytes()
 
 
+@pytest.mark.parametrize("attention", [None, 0.5])
+def test_yarn(tmp_path, attention):
+    """llama.cpp multiplies what the file states with what follows from the factor."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0}
+    fields = {"type": "yarn", "factor": 4.0, "original_context_length": 32, "yarn_beta_fast": 16.0}
+    if attention:
+        scaling["attention_factor"] = attention * (0.1 * np.log(4.0) + 1.0)
+        fields["attn_factor"] = attention
+    model = tiny_llama.make(tmp_path / "folder", vocab_size=VOCAB, rope_scaling=scaling)
+    write(tmp_path / "model.gguf", model, {f"rope.scaling.{key}": value for key, value in fields.items()})
+    found = exported_logits(tmp_path / "model.gguf", tmp_path / "out")
+    assert found.tobytes() == exported_logits(tmp_path / "folder", tmp_path / "other").tobytes()
+
+
 def test_rope_frequencies(tmp_path):
     """llama.cpp writes the stretching of Llama 3 as a divisor for each channel pair."""
     scaling = {
@@ -180,8 +194,8 @@ class TestErrors:
             artifacts.export(tmp_path / "model.gguf", tmp_path / "out")
 
     def test_unknown_scaling(self, model, tmp_path):
-        write(tmp_path / "model.gguf", model, {"rope.scaling.type": "yarn"})
-        with pytest.raises(ExportError, match="rope_type: expected default, linear or llama3, got 'yarn'"):
+        write(tmp_path / "model.gguf", model, {"rope.scaling.type": "longrope"})
+        with pytest.raises(ExportError, match="rope_type: expected default, linear, llama3 or yarn, got 'longrope'"):
             artifacts.export(tmp_path / "model.gguf", tmp_path / "out")
 
     def test_missing_tensor(self, model, tmp_path):

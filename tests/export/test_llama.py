@@ -26,6 +26,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 VARIANTS = {
     "grouped": {},
     "multi-head": {"num_key_value_heads": 4},
@@ -36,6 +37,9 @@ VARIANTS = {
     "both biases, tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
     "llama3 rope": {"rope_scaling": LLAMA3},
     "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "yarn": {"rope_scaling": YARN},
+    "yarn as it is stated": {"rope_scaling": YARN | {"attention_factor": 1.3, "beta_fast": 8, "beta_slow": 2}},
+    "yarn with weights": {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 0.3, "truncate": False}},
     "theta": {"rope_theta": 500_000.0},
     "wide heads": {"head_dim": 32},
     "one layer": {"num_hidden_layers": 1},

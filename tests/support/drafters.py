@@ -114,11 +114,9 @@ def llama_pair(root: Path, head: str = "rnn") -> LlamaPair:
         initializer_range=0.15,
         tie_word_embeddings=True,
         rope_parameters={
-            "rope_type": "llama3",
+            "rope_type": "yarn",
             "rope_theta": 10000.0,
             "factor": 4.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
     )

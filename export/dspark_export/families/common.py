@@ -10,12 +10,17 @@ import ml_dtypes
 import numpy as np
 
 from dspark_export.decoder import Rope, RopeScaling
+from dspark_export.families import yarn
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = (SLIDING, FULL)
 
 
-_REQUIRED = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+_REQUIRED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 """Keys without which a rope_type says nothing; transformers has no default for them."""
 
 
@@ -57,7 +62,9 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     parameters = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     parameters["rope_theta"] = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
     parameters.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
-    return rope(parameters, head_dim(config), config["max_position_embeddings"], ("default", "linear", "llama3"))
+    return rope(
+        parameters, head_dim(config), config["max_position_embeddings"], ("default", "linear", "llama3", "yarn")
+    )
 
 
 def rope(parameters: Mapping[str, Any], dim: int, max_position: int, kinds: tuple[str, ...]) -> Rope:
@@ -76,16 +83,21 @@ def rope(parameters: Mapping[str, Any], dim: int, max_position: int, kinds: tupl
     rotated = float(parameters.get("partial_rotary_factor") or 1.0)
     if kind != "proportional" and rotated != 1.0:
         raise ValueError("partial_rotary_factor: expected 1.0; rotating a part of the head is not supported")
+    theta = float(parameters["rope_theta"])
+    original = int(parameters.get("original_max_position_embeddings") or max_position)
+    if kind == "yarn":
+        divisors, amplitude = yarn.divisors(parameters, Rope(dim, theta), original), yarn.amplitude(parameters)
+        return Rope(dim, theta, RopeScaling("factors", divisors=divisors, amplitude=amplitude))
     scaling = RopeScaling(
         kind=kind,
         factor=float(parameters.get("factor", 1.0)),
         low_freq_factor=float(parameters.get("low_freq_factor", 1.0)),
         high_freq_factor=float(parameters.get("high_freq_factor", 4.0)),
-        original_max_position=int(parameters.get("original_max_position_embeddings") or max_position),
+        original_max_position=original,
         divisors=tuple(parameters.get("divisors", ())),
         rotated=rotated,
     )
-    return Rope(head_dim=dim, theta=float(parameters["rope_theta"]), scaling=scaling)
+    return Rope(dim, theta, scaling)
 
 
 def rope_by_layer(config: Mapping[str, Any]) -> Mapping[str, Any]:

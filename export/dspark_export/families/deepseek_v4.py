@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from dspark_export.decoder import Attention, Rope, RopeScaling
 from dspark_export.deepseek_v4 import Compression, DeepSeekV4, Experts, HyperConnections, Indexer
+from dspark_export.families import yarn
 from dspark_export.families.common import require
 
 SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -132,19 +130,5 @@ def _rope(parameters: Mapping[str, Any], dim: int) -> Rope:
         raise ValueError(f"rope_type: expected default or yarn, got {kind!r}")
     if parameters.get("attention_factor") != 1.0:
         raise ValueError(f"rope_parameters: attention_factor: expected 1.0, got {parameters.get('attention_factor')}")
-    return Rope(dim, plain.theta, RopeScaling("factors", divisors=_yarn_divisors(parameters, plain)))
-
-
-def _yarn_divisors(parameters: Mapping[str, Any], plain: Rope) -> tuple[float, ...]:
-    """What YaRN divides each frequency by: 1 where it turns often within the original context, ``factor`` where it
-    hardly turns, a blend of both frequencies between."""
-    factor, original = float(parameters["factor"]), float(parameters["original_max_position_embeddings"])
-
-    def pair(turns: float) -> float:
-        return plain.head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(plain.theta))
-
-    low = max(math.floor(pair(parameters.get("beta_fast") or 32)), 0)
-    high = min(math.ceil(pair(parameters.get("beta_slow") or 1)), plain.head_dim - 1)
-    span = high - low if high != low else 0.001
-    slowed = np.clip((np.arange(plain.head_dim // 2) - low) / span, 0.0, 1.0)
-    return tuple((1.0 / (slowed / factor + 1.0 - slowed)).tolist())
+    original = int(parameters["original_max_position_embeddings"])
+    return Rope(dim, plain.theta, RopeScaling("factors", divisors=yarn.divisors(parameters, plain, original)))

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_export.errors import ExportError
+from dspark_export.families import yarn
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _IN_LAYER = {
@@ -144,7 +145,21 @@ class GgufFile:
         kind = self.field(f"{architecture}.rope.scaling.type", "linear")
         if kind == "none" or (kind == "linear" and not factor):
             return {}
-        return {"rope_type": kind, "factor": factor or 1.0}
+        found = {"rope_type": kind, "factor": factor or 1.0}
+        return found | self._yarn(f"{architecture}.rope.scaling", found) if kind == "yarn" else found
+
+    def _yarn(self, prefix: str, scaling: Mapping[str, Any]) -> dict[str, Any]:
+        for name in ("yarn_ext_factor", "yarn_attn_factor"):
+            if self.field(f"{prefix}.{name}", 1.0) != 1.0:
+                raise ExportError(f"{self._path}: header field {prefix}.{name}: expected 1, or none")
+        # Beside what follows from the factor, not in its place as in a config.json.
+        stated = self.field(f"{prefix}.attn_factor", 1.0)
+        return {
+            "original_max_position_embeddings": self.field(f"{prefix}.original_context_length"),
+            "beta_fast": self.field(f"{prefix}.yarn_beta_fast"),
+            "beta_slow": self.field(f"{prefix}.yarn_beta_slow"),
+            "attention_factor": stated * yarn.amplitude(scaling),
+        }
 
     @property
     def config(self) -> Mapping[str, Any]:
