@@ -23,9 +23,11 @@ _MIN_REUSE = 4
 
 
 def capacity_for(length: int) -> int:
-    """Rows to hold ``length`` tokens: in steps of 128, then 512, then 1024, so that growth is rare."""
-    step = 128 if length <= 1024 else 512 if length <= 4096 else 1024
-    return -(-max(length, 1) // step) * step
+    """Rows to hold ``length`` tokens, in steps that grow from 64: attention computes all rows in every step, and growing
+    copies them once."""
+    length = max(length, 128)
+    step = 64 if length <= 512 else 128 if length <= 1024 else 512 if length <= 4096 else 1024
+    return -(-length // step) * step
 
 
 @dataclass(eq=False)

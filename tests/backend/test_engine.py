@@ -155,7 +155,7 @@ class TestPrefill:
         start = len(driver.stage.batches)
         driver.engine.step()
         assert [batch.num_tokens for batch in driver.stage.batches[start : start + 2]] == [20, 300]
-        assert capacities == [384]
+        assert capacities == [320]
 
     def test_siblings_of_a_request_wait_as_one_prompt(self, artifact):
         driver = self.wrapped(artifact, prefill_chunk=64, prefill_chunk_busy=24)

@@ -305,7 +305,7 @@ def test_a_growing_sequence_finds_room_once(speculating, monkeypatch):
     capacities, inner = [], driver.stage.allocate
     monkeypatch.setattr(driver.stage, "allocate", lambda *sizes: (capacities.append(sizes[1]), inner(*sizes)))
     driver.run(ids(*prompt(2, 100), max_tokens=60))
-    assert capacities == [256]
+    assert capacities == [192]
 
 
 def test_the_drafter_is_skipped_where_it_does_not_pay(speculating):
