@@ -23,8 +23,8 @@ _MIN_REUSE = 4
 
 
 def capacity_for(length: int) -> int:
-    """Rows to hold ``length`` tokens, in steps that grow from 64: attention computes all rows in every step, and growing
-    copies them once."""
+    """Rows to hold ``length`` tokens, in steps that grow from 64: attention computes all of them in every step, and
+    growing copies them once."""
     length = max(length, 128)
     step = 64 if length <= 512 else 128 if length <= 1024 else 512 if length <= 4096 else 1024
     return -(-length // step) * step

@@ -300,7 +300,7 @@ def test_context_filled_to_the_last_position(speculating):
 
 
 def test_a_growing_sequence_finds_room_once(speculating, monkeypatch):
-    """Around the step from 128 rows to 256 there is room for what is drafted behind, but not for drafts and those."""
+    """Around the step from 128 rows to 192 there is room for what is drafted behind, but not for drafts and those."""
     driver = speculating(policy="fixed:64")
     capacities, inner = [], driver.stage.allocate
     monkeypatch.setattr(driver.stage, "allocate", lambda *sizes: (capacities.append(sizes[1]), inner(*sizes)))
