@@ -259,6 +259,7 @@ def test_missing_inputs_and_wrong_types_are_named(golden_artifacts, tmp_path):
         ({"source_hash": "0" * 64}, "source hash .* has 000000000000; export the drafter again"),
         ({"target_layer_ids": [0, 3]}, r"target_layer_ids \[1, 3\], the verifier \[0, 3\]; .*--target-layer-ids 1,3"),
         ({"vocab_size": 319}, "vocab_size 320, the verifier 319"),
+        ({"max_context": 513}, "expected one for sequences of 513 tokens, .*, got 512; export the drafter again"),
     ],
 )
 def test_a_drafter_of_another_verifier_does_not_load(golden_artifacts, drafters, tmp_path, changes, message):

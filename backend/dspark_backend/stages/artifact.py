@@ -219,7 +219,8 @@ def check_pair(drafter: DrafterArtifact, verifier: VerifierArtifact) -> None:
     """Make sure that a drafter belongs to a verifier.
 
     Raises:
-        ArtifactError: they differ in something that both must share, or the drafter was exported against another one.
+        ArtifactError: they differ in something that both must share, or the drafter was exported against another one or
+            is for shorter sequences.
     """
     reason = mismatch(drafter.source, drafter.vocab_size, drafter.hidden_size, drafter.target_layer_ids, verifier)
     if reason is not None:
@@ -228,6 +229,12 @@ def check_pair(drafter: DrafterArtifact, verifier: VerifierArtifact) -> None:
         raise ArtifactError(
             f"drafter {drafter.source} was exported against a verifier with source hash {drafter.verifier_hash[:12]}, "
             f"this one ({verifier.source}) has {verifier.source_hash[:12]}; export the drafter again"
+        )
+    # Both may be of one checkpoint, exported with another --max-context: beyond its own the drafter has no positions.
+    if drafter.max_context < verifier.max_context:
+        raise ArtifactError(
+            f"drafter {drafter.source}: expected one for sequences of {verifier.max_context} tokens, as this verifier "
+            f"({verifier.source}), got {drafter.max_context}; export the drafter again"
         )
 
 
