@@ -49,7 +49,10 @@ class Engine:
         self._observer = observer
         drafter = drafting.drafter if drafting else None
         self.metrics = EngineMetrics(drafter.artifact.block_size if drafter else 0)
-        self.cache = KvCache(stage, config.max_slots, config.kv_budget_mib * _MIB, config.max_context, drafter)
+        budget = config.kv_budget_mib * _MIB
+        self.cache = KvCache(
+            stage, config.max_slots, budget, config.max_context, drafter, keep_rows=config.prefix_reuse
+        )
         self.roster = Roster(self.cache, tokenizer, self.metrics)
         self._speculator: Speculator | None = None
         if drafting:

@@ -38,7 +38,8 @@ class Slot:
     reserved: int = 0
     """Tokens promised to the sequence that holds it; 0 where it is free."""
     released: int = 0
-    """When it was freed, on the cache's own clock: the latest are kept longest."""
+    """When it was freed, on the cache's own clock: the latest are kept longest. 0 where another slot has its rows, too.
+    """
     context_length: int = 0
     """Rows, at most ``length``, that the drafter's cache holds, too."""
     _tokens: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -95,7 +96,9 @@ class KvCache:
         budget_bytes: int,
         max_context: int = 0,
         drafter: DrafterStage | None = None,
+        keep_rows: bool = True,
     ) -> None:
+        """``keep_rows``: of sequences that are gone, for later ones to reuse; else nothing is copied to keep them."""
         self._stages: list[VerifierStage | DrafterStage] = [stage]
         # A block of drafts sits behind the last committed row.
         self._margin = 0
@@ -113,6 +116,7 @@ class KvCache:
                 f"{self._bytes_per_row} bytes), got {budget_bytes} bytes"
             )
         self._max_slots = max_slots
+        self._keep_rows = keep_rows
         self._clock = 0
         self.capacity = 0
         self._slots: list[Slot] = []
@@ -145,8 +149,11 @@ class KvCache:
         count = len(active) + 1
         return count <= self._max_slots and count * self._capacity_for(longest) <= self._budget_rows
 
-    def acquire(self, reserve: int) -> Slot:
-        """A free slot for a sequence of at most ``reserve`` tokens, its rows empty. Call only where ``fits``."""
+    def acquire(self, reserve: int, prompt: Sequence[int] = ()) -> Slot:
+        """A free slot for a sequence of at most ``reserve`` tokens that begins with ``prompt``, at the lowest index.
+
+        Call only where ``fits``. Its old rows stay readable until the first step writes over them, or ``reuse_prefix``.
+        """
         if not self.fits(reserve):
             raise DSparkError(f"cache: no room for {reserve} tokens; admission must ask first")
         free = [slot for slot in self._slots if slot.free]
@@ -155,11 +162,27 @@ class KvCache:
             self._reallocate(self._capacity_for(max([1, *(held.length for held in self.active)])))
             free = [slot for slot in self._slots if slot.free]
         slot = min(free, key=lambda candidate: candidate.index)
+        wanted = np.asarray(prompt, dtype=np.int64)
+        if 2 * common_prefix(slot.tokens, wanted) < slot.length:
+            slot = self._vacated(slot, self._longest_prefix(slot, wanted, with_context=False)[0])
         slot.reserved = reserve
-        # Its old rows stay readable until the first step writes over them: reuse_prefix may want them. Those beyond
-        # what was promised must not hold the capacity up.
+        # Rows beyond what was promised must not hold the capacity up.
         slot.truncate(reserve)
         return slot
+
+    def _vacated(self, slot: Slot, needed: Slot | None = None) -> Slot:
+        """The slot at a free slot's place, whose rows may be overwritten: it itself where nothing else is older, else
+        the one of all that was released longest ago, which changes places with it. ``needed``: not that one.
+        """
+        if not self._keep_rows or slot.length < _MIN_REUSE:
+            return slot
+        others = (other for other in self._slots if other.free and (other is slot or other is not needed))
+        oldest = min(others, key=lambda other: (other.length >= _MIN_REUSE, other.released))
+        if oldest is not slot:
+            self._copy_rows(RowMove(slot.index, oldest.index, slot.length))
+            oldest.truncate(0)
+            slot.index, oldest.index = oldest.index, slot.index
+        return oldest
 
     def reuse_prefix(self, slot: Slot, token_ids: Sequence[int], limit: int, with_context: bool = False) -> int:
         """Fill a new sequence's slot with cached rows of the same beginning, at most ``limit``. Returns how many.
@@ -175,6 +198,8 @@ class KvCache:
             slot.truncate(length)
         else:
             self._copy_rows(RowMove(best.index, slot.index, length))
+            if best.free and length == best.length:
+                best.released = 0
             slot.truncate(0)
             slot.commit(best.tokens[:length].tolist())
             slot.context_length = min(length, best.context_length)
@@ -241,8 +266,8 @@ class KvCache:
         # step as copying its neighbour's rows there costs once in two or three steps.
         while active and active[-1].index - active[0].index >= len(active):
             inside = range(active[0].index, active[-1].index)
-            hole = min(
-                (slot for slot in self._slots if slot.free and slot.index in inside), key=lambda slot: slot.index
+            hole = self._vacated(
+                min((slot for slot in self._slots if slot.free and slot.index in inside), key=lambda slot: slot.index)
             )
             self._copy_rows(RowMove(active[-1].index, hole.index, active[-1].length))
             hole.truncate(0)

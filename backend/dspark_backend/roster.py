@@ -44,7 +44,7 @@ class Roster:
         now = time.time_ns()
         while self.waiting and self._cache.fits(self.waiting.head().prepared.reserve):
             sequence = self.waiting.pop()
-            sequence.slot = self._cache.acquire(sequence.prepared.reserve)
+            sequence.slot = self._cache.acquire(sequence.prepared.reserve, sequence.prepared.prompt_ids)
             sequence.first_scheduled_ns = now
             self.prefilling.append(sequence)
             self._metrics.prompt_tokens_total.add(len(sequence.prepared.prompt_ids))

@@ -94,6 +94,17 @@ class TestReuse:
         assert driver.engine.metrics.prefix_cache_hit_tokens_total.value == len(PROMPT) + 9
         assert second.tokens() == alone(artifact, ids(*turn, max_tokens=10)).tokens()
 
+    def test_conversations_in_turn_do_not_cost_each_other_their_rows(self, artifact):
+        driver, texts = Driver(artifact), [prompt(seed, 60) for seed in range(3)]
+        reused = driver.engine.metrics.prefix_cache_hit_tokens_total
+        for turn in range(3):
+            for place, text in enumerate(texts):
+                before = reused.value
+                (sink,) = driver.run(ids(*text, max_tokens=8))
+                # All that was fed in the turn before.
+                assert reused.value - before == (len(text) - 3 if turn else 0)
+                texts[place] = (*text, *sink.tokens(), 7, 8)
+
     def test_random_turns_equal_those_without_reuse(self, artifact):
         rng = np.random.default_rng(11)
         driver, plain = Driver(artifact, max_slots=3), Driver(artifact, max_slots=3, prefix_reuse=False)

@@ -159,7 +159,7 @@ class TestReuse:
         first = cache.acquire(60)
         run(cache, first, list(self.PROMPT))
         cache.release(first)
-        again = cache.acquire(60)
+        again = cache.acquire(60, self.PROMPT)
         assert again is first
         assert cache.reuse_prefix(again, self.PROMPT, 39) == 39
         assert storage(cache).copied == []
@@ -198,6 +198,62 @@ class TestReuse:
         third = cache.acquire(60)
         assert cache.reuse_prefix(third, self.PROMPT, 39) == 0
         check(cache)
+
+    def test_conversations_in_turn_keep_their_rows(self):
+        """The lowest place is taken by each of them, and what stood there goes to where the oldest rows are."""
+        cache = cache_of(4096, max_slots=4)
+        texts = [[number] * 20 for number in range(3)]
+        for turn in range(4):
+            for text in texts:
+                prompt = [*text, 7]
+                slot = cache.acquire(100, prompt)
+                hit = cache.reuse_prefix(slot, prompt, len(prompt) - 1)
+                assert slot.index == 0 and hit == (20 + 10 * (turn - 1) if turn else 0)
+                text += [turn + 50] * 10 if turn else []
+                run(cache, slot, [*text[hit:]])
+                check(cache)
+                cache.release(slot)
+
+    def test_the_oldest_rows_go_first(self):
+        cache = cache_of(4096, max_slots=3)
+        for number in (1, 2, 3, 4):
+            slot = cache.acquire(100, [number] * 20)
+            run(cache, slot, [number] * 20)
+            cache.release(slot)
+        assert sorted(int(slot.tokens[0]) for slot in cache._slots) == [2, 3, 4]
+        check(cache)
+
+    def test_a_short_common_beginning_does_not_cost_a_conversation(self):
+        cache = cache_of(4096)
+        slot = cache.acquire(200, self.PROMPT)
+        run(cache, slot, [*self.PROMPT, *[1] * 60])
+        cache.release(slot)
+        other = cache.acquire(60, [*self.PROMPT, 2])
+        assert cache.reuse_prefix(other, [*self.PROMPT, 2], 40) == 40
+        cache.release(other)
+        again = cache.acquire(200, [*self.PROMPT, *[1] * 60, 3])
+        assert cache.reuse_prefix(again, [*self.PROMPT, *[1] * 60, 3], 100) == 100
+        check(cache)
+
+    def test_what_is_brought_together_keeps_rows_of_those_that_are_gone(self):
+        cache = cache_of(4096)
+        slots = [cache.acquire(60) for _ in range(3)]
+        for number, slot in enumerate(slots):
+            run(cache, slot, [number] * 20)
+        cache.release(slots[1])
+        run(cache, slots[0], [0])
+        assert {slot.index for slot in cache.active} == {0, 1}
+        assert sorted(int(slot.tokens[0]) for slot in cache._slots if slot.length) == [0, 1, 2]
+        check(cache)
+
+    def test_nothing_is_copied_where_nothing_is_reused(self):
+        cache = cache_of(4096, keep_rows=False)
+        for number in range(4):
+            slot = cache.acquire(60, [number] * 20)
+            slot.truncate(0)
+            run(cache, slot, [number] * 20)
+            cache.release(slot)
+        assert storage(cache).copied == []
 
     def test_the_latest_rows_survive_a_reallocation(self):
         cache = cache_of(1024, max_slots=8)

@@ -28,7 +28,7 @@ class Model:
             with pytest.raises(DSparkError, match="no room"):
                 cache.acquire(reserve)
             return
-        slot = cache.acquire(reserve)
+        slot = cache.acquire(reserve, prompt if rng.random() < 0.8 else ())
         assert slot not in self.held and slot.reserved == reserve
         self.held[slot] = (prompt, reserve, False)
 

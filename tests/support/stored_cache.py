@@ -11,12 +11,17 @@ BYTES = 8
 
 
 def cache_of(
-    rows: int, max_slots: int = 4, max_context: int = 0, model_context: int = 4096, block_size: int = 0
+    rows: int,
+    max_slots: int = 4,
+    max_context: int = 0,
+    model_context: int = 4096,
+    block_size: int = 0,
+    keep_rows: bool = True,
 ) -> KvCache:
     """A cache whose budget holds ``rows`` rows; with a drafter where there is a block size."""
     drafter = StorageStage(model_context, BYTES, block_size) if block_size else None
     budget = rows * BYTES * (2 if drafter else 1)
-    return KvCache(StorageStage(model_context, BYTES), max_slots, budget, max_context, drafter)
+    return KvCache(StorageStage(model_context, BYTES), max_slots, budget, max_context, drafter, keep_rows)
 
 
 def storage(cache: KvCache) -> StorageStage:
