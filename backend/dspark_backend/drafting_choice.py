@@ -21,7 +21,7 @@ makes the step longer for everybody, whoever and how many are tried."""
 _HOPE = 0.5
 """Power of the mean survival that would have to pay for them to be tried: good texts are to be found, but not where
 even they would not pay."""
-_MARGIN = 1.1
+_MARGIN = 1.04
 """What drafting must be expected to bring at least: the cost model knows neither the host's work for drafts nor the
 rows that a prompt adds to the drafter's cache."""
 _PROBE_EVERY = 48
@@ -104,7 +104,7 @@ class DraftingChoice:
         if others or found:
             return found | untried
         if untried and prior is not None and _UNTRIED * len(untried) >= len(running):
-            # As if all were as good as may be hoped: one alone could not bring a tenth for many.
+            # As if all were as good as may be hoped: one alone could not bring enough for many.
             hoped = np.tile(prior**_HOPE, (1, len(running), 1))
             room = np.full(len(running), self._block_size, dtype=np.int64)
             if most_gainful(hoped, room, len(running), capacity, self._cost).rows:

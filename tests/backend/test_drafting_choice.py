@@ -47,9 +47,9 @@ def limits(count: int, most: int = BLOCK) -> np.ndarray:
 def test_those_with_good_drafts_alone_where_a_draft_has_its_price():
     mixed = np.array([BAD, GOOD, BAD, GOOD, GOOD, BAD, BAD, GOOD])
     assert most_gainful(alike(mixed), limits(8), 8, 128, cost(0.05, 0.1)).rows == [1, 3, 4, 7]
-    # A gain of 17% is one, of 8% is none: not all costs are in the model.
-    assert most_gainful(alike(GOOD[None]), limits(1), 1, 128, cost(0.7, 0.05)).rows == [0]
-    assert most_gainful(alike(GOOD[None]), limits(1), 1, 128, cost(0.8, 0.05)).rows == []
+    # A gain of 8% is one, of 3% is none: not all costs are in the model.
+    assert most_gainful(alike(GOOD[None]), limits(1), 1, 128, cost(0.8, 0.05)).rows == [0]
+    assert most_gainful(alike(GOOD[None]), limits(1), 1, 128, cost(0.85, 0.05)).rows == []
 
 
 def test_everybody_where_drafts_are_cheap_and_nobody_where_they_are_dear():
@@ -142,9 +142,9 @@ def test_the_choice_is_never_worse_than_all_or_none(rows, token, draft, place, s
         alternatives += [Chosen(everybody, depth) for depth in (1, 2, 3)]
     # Nobody drafts for less than the margin; whoever does is all but the best of these.
     best = max(map(expected, alternatives))
-    assert expected(chosen) * (1.1 if not chosen.rows else 1 / 0.98) >= best * (1 - 1e-12)
+    assert expected(chosen) * (1.04 if not chosen.rows else 1 / 0.98) >= best * (1 - 1e-12)
     if chosen.rows:
-        assert expected(chosen) >= 1.1 * expected(alternatives[0]) * (1 - 1e-12)
+        assert expected(chosen) >= 1.04 * expected(alternatives[0]) * (1 - 1e-12)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 16])
