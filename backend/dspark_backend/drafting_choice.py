@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from operator import attrgetter
 
 import numpy as np
@@ -162,15 +161,13 @@ def most_gainful(
     # What was learned in earlier rounds cannot leak a token of this one: a free search is allowed here.
     within = np.where(np.arange(block) < limits[:, None], rounds, 0.0)
     plain = count / float(cost.step_seconds(count, 0, capacity, floor)[0])
-    tried = {*(depth for depth in _DEPTHS if depth < block), block} if cost.depth_costs(count, capacity) else {block}
+    depths = {*(depth for depth in _DEPTHS if depth < block), block} if cost.depth_costs(count, capacity) else {block}
 
     def seconds(drafting: int, drafts: int, depth: int) -> FloatArray:
         verifying = cost.step_seconds(count, drafts, capacity, max(depth, floor))
         return verifying + cost.draft_seconds(drafting, capacity, depth)
 
-    found = [
-        _of_depth(depth, within[..., :depth], limits, count, plain, partial(seconds, depth=depth)) for depth in tried
-    ]
+    found = [_of_depth(depth, within[..., :depth], limits, count, plain, seconds) for depth in depths]
     enough = max(_MARGIN, _DEEPER * max(chosen.gain for chosen in found))
     return max((chosen for chosen in found if chosen.gain >= enough), key=attrgetter("depth"), default=Chosen([], 0))
 
@@ -181,11 +178,11 @@ def _of_depth(
     limits: IntArray,
     count: int,
     plain: float,
-    seconds: Callable[[int, int], FloatArray],
+    seconds: Callable[[int, int, int], FloatArray],
 ) -> Chosen:
     """The best rows of ``rounds`` [m, n, depth] to draft so deep. ``plain``: tokens a second of a round without drafts.
 
-    ``seconds``: of a round by drafts verified, [k + 1], from how many draft and k.
+    ``seconds``: of a round by drafts verified, [k + 1], from how many draft, k, and how deep.
     """
     number, size, _ = rounds.shape
     order = np.argsort(-rounds.mean(axis=0).sum(axis=1), kind="stable")
@@ -195,7 +192,7 @@ def _of_depth(
         most = int(np.minimum(limits[rows], depth).sum())
         tokens = np.full((number, most + 1), float(count))
         tokens[:, 1:] -= np.cumsum(np.sort(-rounds[:, rows].reshape(number, -1), axis=1)[:, :most], axis=1)
-        took = seconds(tried, most)
+        took = seconds(tried, most, depth)
         verified = np.argmax(tokens / took, axis=1)
         gain = float(tokens[np.arange(number), verified].sum() / took[verified].sum()) / plain
         if gain > best.gain:

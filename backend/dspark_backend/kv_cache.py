@@ -161,21 +161,24 @@ class KvCache:
             # Fewer slots than the budget allows: the block is still as long as sequences that are gone.
             self._reallocate(self._capacity_for(max([1, *(held.length for held in self.active)])))
             free = [slot for slot in self._slots if slot.free]
-        slot = min(free, key=lambda candidate: candidate.index)
-        wanted = np.asarray(prompt, dtype=np.int64)
-        if 2 * common_prefix(slot.tokens, wanted) < slot.length:
-            slot = self._vacated(slot, self._longest_prefix(slot, wanted, with_context=False)[0])
+        slot = self._vacated(min(free, key=lambda candidate: candidate.index), prompt)
         slot.reserved = reserve
         # Rows beyond what was promised must not hold the capacity up.
         slot.truncate(reserve)
         return slot
 
-    def _vacated(self, slot: Slot, needed: Slot | None = None) -> Slot:
-        """The slot at a free slot's place, whose rows may be overwritten: it itself where nothing else is older, else
-        the one of all that was released longest ago, which changes places with it. ``needed``: not that one.
+    def _vacated(self, slot: Slot, prompt: Sequence[int] = ()) -> Slot:
+        """The slot at a free slot's place, whose rows may be overwritten by a sequence that begins with ``prompt``.
+
+        It itself where at least half of its rows are the prompt's or nothing else is older; else the one of all that
+        was released longest ago, which changes places with it. Not the one that the prompt continues.
         """
         if not self._keep_rows or slot.length < _MIN_REUSE:
             return slot
+        wanted = np.asarray(prompt, dtype=np.int64)
+        if 2 * common_prefix(slot.tokens, wanted) >= slot.length:
+            return slot
+        needed, _ = self._longest_prefix(slot, wanted, with_context=False)
         others = (other for other in self._slots if other.free and (other is slot or other is not needed))
         oldest = min(others, key=lambda other: (other.length >= _MIN_REUSE, other.released))
         if oldest is not slot:
