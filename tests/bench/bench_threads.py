@@ -77,7 +77,6 @@ CASES = {
     "draft-1-thread": Case(draft_threads=1),
     "block-base-4": Case({"session.dynamic_block_base": "4"}),
     "affinity": Case({"session.intra_op_thread_affinities": "2"}),
-    "denormal-zero": Case({"session.set_denormal_as_zero": "1"}),
     "no-pattern": Case(change=_no_pattern),
     "no-arena": Case(change=_no_arena),
 }

@@ -66,6 +66,18 @@ def test_stubs_find_this_interpreters_packages() -> None:
     assert any((Path(entry) / "numpy").is_dir() for entry in entries)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, "glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.check=1"}, "glibc.malloc.check=1:glibc.malloc.hugetlb=1"),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_large_blocks_ask_for_huge_pages(before: dict[str, str], after: str) -> None:
+    assert server_environment(Distribution(Path("/x")), before)["GLIBC_TUNABLES"] == after
+
+
 def test_the_cache_follows_its_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("DSPARK_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

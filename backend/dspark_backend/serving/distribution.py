@@ -18,6 +18,7 @@ from dspark_backend.errors import ConfigError
 
 CONTAINER_BINARY = Path("/opt/tritonserver/bin/tritonserver")
 STUB_NAME = "triton_python_backend_stub"
+_HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,9 @@ def server_environment(distribution: Distribution, base: Mapping[str, str] | Non
 
     ``PATH`` starts with this interpreter's folder, where the embedded Python looks for its home (so a venv works); the
     wheel's stub is isolated and sees nothing else. ``PYTHONPATH`` names this interpreter's package folders, for stubs
-    that read it.
+    that read it. ``GLIBC_TUNABLES`` asks for huge pages behind large blocks of memory, unless it says something about
+    them already: a step reads all weights, and took 5 to 10% less time (SmolLM2 in int8, one request, where Linux gives
+    huge pages to those who ask for them, its default).
 
     Args:
         base: variables to start from; this process's by default.
@@ -144,6 +147,9 @@ def server_environment(distribution: Distribution, base: Mapping[str, str] | Non
     _prepend(environment, "PATH", [str(Path(sys.executable).parent)])
     _prepend(environment, "PYTHONPATH", packages)
     _prepend(environment, "LD_LIBRARY_PATH", [str(path) for path in distribution.library_path])
+    tunables = environment.get("GLIBC_TUNABLES", "")
+    if _HUGE_PAGES not in tunables:
+        environment["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{_HUGE_PAGES}=1"]))
     return environment
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.batch import FloatArray
 from dspark_backend.stages.cuda.device import Device
+from dspark_backend.stages.denormals import can_flush_denormals, denormals_flushed
 from dspark_backend.stages.processor import int8_saturates
 from dspark_backend.stages.providers import check_available, check_started, load_libraries, session_providers
 from dspark_backend.stages.rows import Rows
@@ -51,9 +52,11 @@ def session_options(threads: int) -> ort.SessionOptions:
     # Threads that go on spinning after a run take the cores from the other session's: a verification step behind a
     # draft took 1.6 to 1.9 times as long as one behind a step. No spinning at all costs up to 5%; a pool that both
     # share is as fast as this, but a setting of the whole process; one thread for the drafter gains nothing in int8 and
-    # makes drafts up to 1.7 times as long in float32. Denormals as zero, affinities, block sizes, memory patterns and
-    # the arena are within noise (tests/bench/bench_threads.py).
+    # makes drafts up to 1.7 times as long in float32. Affinities, block sizes, memory patterns and the arena are within
+    # noise (tests/bench/bench_threads.py).
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if can_flush_denormals():
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
     return options
 
 
@@ -81,12 +84,22 @@ def open_session(
         values = [ort.OrtValue.ortvalue_from_numpy(array) for array in shared.values()]
         options.add_external_initializers(list(shared), values)
     try:
-        session = ort.InferenceSession(str(path), options, providers=session_providers(settings, device))
+        with denormals_flushed():  # ONNX Runtime changes the thread that makes the process's first session
+            session = ort.InferenceSession(str(path), options, providers=session_providers(settings, device))
     except Exception as error:  # ONNX Runtime's exceptions share no base class of their own
         raise ArtifactError(f"{path}: ONNX Runtime cannot load the graph: {error}") from error
     if settings.on_device:
         check_started(settings.provider, session.get_providers())
     return session
+
+
+def outputs_of(
+    session: ort.InferenceSession, names: Sequence[str], inputs: Mapping[str, NDArray[Any]]
+) -> list[NDArray[Any]]:
+    """The named outputs of a session of :func:`open_session`, in memory of their own."""
+    with denormals_flushed():
+        found: list[NDArray[Any]] = session.run(list(names), dict(inputs))
+    return found
 
 
 class BoundArrays:
@@ -168,7 +181,8 @@ class CpuBinding:
         return self.output(name, shape)
 
     def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+        with denormals_flushed():
+            self._session.run_with_iobinding(self._binding)
 
     def clear(self) -> None:
         self._binding.clear_binding_inputs()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dspark_backend.stages.batch import FloatArray
-from dspark_backend.stages.binding import open_session
+from dspark_backend.stages.binding import open_session, outputs_of
 
 INPUT_PREFIX = "input."
 """Output of a probing graph: what a product reads, followed by the product's fused name."""
@@ -44,12 +44,12 @@ class Probe:
 
     def logits(self, token_ids: Sequence[int]) -> FloatArray:
         """[T, V] of one text."""
-        (found,) = self._session.run(["logits"], self._feed(token_ids))
-        return np.asarray(found)
+        (found,) = outputs_of(self._session, ["logits"], self._feed(token_ids))
+        return found
 
     def inputs(self, token_ids: Sequence[int]) -> dict[str, FloatArray]:
         """What each product reads, [T, K], by its fused name."""
-        found = self._session.run(self._inputs, self._feed(token_ids))
+        found = outputs_of(self._session, self._inputs, self._feed(token_ids))
         return {name.removeprefix(INPUT_PREFIX): value for name, value in zip(self._inputs, found, strict=True)}
 
     def _feed(self, token_ids: Sequence[int]) -> dict[str, NDArray[Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dspark_backend.stages.batch import FloatArray
-from dspark_backend.stages.binding import open_session
+from dspark_backend.stages.binding import open_session, outputs_of
 from dspark_export.decoder import Decoder
 from dspark_export.graph.tape import save_graph
 from dspark_export.graph.verifier import EMBEDDING, VerifierGraph
@@ -44,12 +44,12 @@ class LayerRun:
 
     def stream(self, stream: FloatArray) -> FloatArray:
         """The residual stream [T, H] of one text after the layer."""
-        (found,) = self._session.run(["stream_out"], self._feed(stream))
-        return np.asarray(found)
+        (found,) = outputs_of(self._session, ["stream_out"], self._feed(stream))
+        return found
 
     def inputs(self, stream: FloatArray) -> dict[str, FloatArray]:
         """What each product reads, [T, K], by its fused name."""
-        found = self._session.run(self._inputs, self._feed(stream))
+        found = outputs_of(self._session, self._inputs, self._feed(stream))
         return {name.removeprefix(INPUT_PREFIX): value for name, value in zip(self._inputs, found, strict=True)}
 
     def _feed(self, stream: FloatArray) -> dict[str, FloatArray]:
@@ -72,7 +72,7 @@ def end_run(decoder: Decoder, weights: WeightSource, scratch: Path) -> Iterator[
     """Logits [T, V] of the residual stream [T, H] after the last layer."""
     with _saved(VerifierGraph(decoder, weights, (), 1).build_end(), scratch) as path:
         session = open_session(path, 0)
-        yield lambda stream: np.asarray(session.run(["logits"], {"stream": stream})[0])
+        yield lambda stream: outputs_of(session, ["logits"], {"stream": stream})[0]
 
 
 @contextmanager
