@@ -6,7 +6,7 @@ best. Over 8 requests of 4 tokens, a quarter of the cache masked, ONNX Runtime's
 without masks, and scores 87 below the best made the product with the values 12 times as long.
 
 ``session.set_denormal_as_zero`` does it for a session's own threads only; for the caller's, which computes a share too,
-at most once a process. So both are needed, and never one alone: a row's bits would depend on the thread that computed it.
+at most once a process. Both are needed, never one alone: a row's bits would depend on the thread that computed it.
 """
 
 from __future__ import annotations
