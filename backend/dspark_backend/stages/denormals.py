@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
+from dspark_backend.stages.processor import is_x86_64
+
 _WORDS = 8
 """32-bit words of a ``fenv_t`` of glibc on x86-64; the last is MXCSR."""
 _FLUSH = 0x8000 | 0x0040
@@ -25,7 +27,7 @@ _FLUSH = 0x8000 | 0x0040
 
 @cache
 def _libm() -> ctypes.CDLL | None:
-    if platform.machine().lower() not in ("x86_64", "amd64") or platform.libc_ver()[0] != "glibc":
+    if not is_x86_64() or platform.libc_ver()[0] != "glibc":
         return None
     try:
         return ctypes.CDLL("libm.so.6")

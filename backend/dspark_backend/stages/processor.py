@@ -21,9 +21,13 @@ def processor_flags() -> frozenset[str]:
     return next((frozenset(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), frozenset())
 
 
+def is_x86_64() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def int8_saturates() -> bool:
     """Whether ONNX Runtime's fast product of unsigned and signed bytes adds pairs in 16 bits, where they may overflow.
 
     So it does on x86-64 without VNNI or AMX.
     """
-    return platform.machine().lower() in ("x86_64", "amd64") and not processor_flags() & _EXACT
+    return is_x86_64() and not processor_flags() & _EXACT
