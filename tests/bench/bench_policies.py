@@ -212,6 +212,7 @@ def main() -> None:
         "tokens": given.tokens,
         "repeats": given.repeats,
         "alone": given.alone,
+        "beginnings": "spread",
         "prompts": fingerprint(prompts),
         "threads": given.threads,
         "artifacts": {precision.name: precision.key for precision in given.precision},

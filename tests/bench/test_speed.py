@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent))
 from bench_policies import order
 from speed import markdown, policy_rows
 from speed.journal import Cell, Journal, Segment
-from speed.load import Answer
+from speed.load import Answer, spread
 from speed.prompts import DOMAINS, choose, split
 
 OFF, ONE, CAUSAL = (Cell("float32", policy, 1) for policy in ("off", "fixed:1", "causal"))
@@ -129,6 +129,12 @@ def test_a_journal_of_other_settings_is_refused(tmp_path):
     Journal(path, {"tokens": 101}).add(run()[0])
     with pytest.raises(SystemExit, match="begun with tokens 101, now it is 64"):
         Journal(path, {"tokens": 64})
+
+
+def test_streams_begin_one_after_another():
+    assert spread(128, 4) == [32, 64, 96, 128]
+    assert spread(128, 1) == [0]
+    assert spread(4, 16)[:4] == [0, 0, 0, 1]
 
 
 def test_markdown_lines_up():

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -60,9 +60,9 @@ class Load:
 
     answers: list[Answer]
     tokens: int
-    """Received by all streams, those included that only kept the number of streams up."""
+    """Received by all streams meanwhile, those of uncounted answers included."""
     seconds: float
-    """From the first request to the end of the last counted one."""
+    """From the first counted request to the end of the last one."""
 
 
 @dataclass
@@ -75,10 +75,16 @@ class _Run:
     left: int
     answers: list[Answer] = field(default_factory=list)
     tokens: int = 0
+    began: float = 0.0
+    """When the first counted request was sent; 0 before."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def stream(self) -> None:
-        """One user: asks its next question as soon as the last is answered."""
+    async def stream(self, lead: int) -> None:
+        """One user: asks its next question as soon as the last is answered; the first for ``lead`` tokens alone."""
+        if lead:
+            await self.ask(next(self.fillers), lead)
+        if not self.began:
+            self.began, self.tokens = time.perf_counter(), 0
         while self.waiting:
             self.answers.append(await self.ask(self.waiting.popleft()))
             self.left -= 1
@@ -87,12 +93,13 @@ class _Run:
         while self.keep_up and not self.done.is_set():
             await self.ask(next(self.fillers))
 
-    async def ask(self, prompt: BenchPrompt) -> Answer:
+    async def ask(self, prompt: BenchPrompt, tokens: int | None = None) -> Answer:
+        options = self.options if tokens is None else replace(self.options, max_tokens=tokens)
         begin = time.perf_counter()
         first = last = begin
         ids: list[int] = []
         usage = None
-        async with aclosing(self.client.stream(messages=prompt.chat, options=self.options)) as pieces:
+        async with aclosing(self.client.stream(messages=prompt.chat, options=options)) as pieces:
             async for piece in pieces:
                 if piece.token_ids:
                     last = time.perf_counter()
@@ -114,6 +121,11 @@ class _Run:
         )
 
 
+def spread(tokens: int, streams: int) -> list[int]:
+    """Tokens of each stream's first, uncounted answer: none for a single stream."""
+    return [tokens * user // streams for user in range(1, streams + 1)] if streams > 1 else [0]
+
+
 def run(
     url: str,
     policy: str,
@@ -126,21 +138,23 @@ def run(
     """Answer ``prompts`` greedily, ``streams`` at once, ``tokens`` each (the end of sequence is passed over).
 
     With ``keep_up``, streams that find no prompt left go on with ``fillers`` until the last prompt is answered, and are
-    then cut off: every counted answer was made among as many others.
+    then cut off: every counted answer was made among as many others. Before it, each of several streams has a filler,
+    of lengths that spread their beginnings evenly over an answer: begun together, streams that get a token a round
+    would end together too, and never wait for each other's prompts, while those whose drafts stand unequally would.
     """
 
     async def go() -> Load:
         options = GenerateOptions(max_tokens=tokens, ignore_eos=True, temperature=0.0, draft_policy=policy)
         async with AsyncDSparkClient(url) as client:
             work = _Run(client, options, deque(prompts), itertools.cycle(fillers), keep_up, len(prompts))
-            begin = time.perf_counter()
-            users = [asyncio.create_task(work.stream()) for _ in range(streams)]
+            leads = spread(tokens, streams) if keep_up else [0] * streams
+            users = [asyncio.create_task(work.stream(lead)) for lead in leads]
             ended = asyncio.create_task(work.done.wait())
             if keep_up:  # a user ends before `done` only by failing
                 await asyncio.wait([ended, *users], return_when=asyncio.FIRST_COMPLETED)
             else:
                 await asyncio.wait(users, return_when=asyncio.FIRST_EXCEPTION)
-            seconds, received = time.perf_counter() - begin, work.tokens
+            seconds, received = time.perf_counter() - work.began, work.tokens
             ended.cancel()
             for user in users:
                 if user.done():
