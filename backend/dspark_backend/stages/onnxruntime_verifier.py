@@ -9,8 +9,9 @@ import numpy as np
 
 from dspark_backend.errors import ArtifactError
 from dspark_backend.stages.artifact import VerifierArtifact, load_verifier_artifact
-from dspark_backend.stages.batch import BatchLayout, RowMove, StepBatch, StepOutput
+from dspark_backend.stages.batch import BatchLayout, IntArray, RowMove, StepBatch, StepOutput
 from dspark_backend.stages.binding import exact_threads, open_session
+from dspark_backend.stages.excerpt import Excerpts
 from dspark_backend.stages.placement import Placement
 from dspark_backend.stages.settings import StageSettings
 from dspark_backend.stages.slot_arrays import SlotArrays, SlotWindow
@@ -46,6 +47,7 @@ class OnnxRuntimeVerifier:
         # A batched product with a single row takes another kernel, whose sums differ in the last bit.
         self._min_columns = 2 if self._artifact.group == 1 else 1
         self._cache = placement.cache(self._artifact.cache_shapes)
+        self._excerpts = Excerpts(self._cache) if isinstance(self._cache, SlotArrays) else None
         self._place: tuple[BatchLayout, SlotWindow, bytes] | None = None
         """Of the step that is bound."""
 
@@ -61,6 +63,8 @@ class OnnxRuntimeVerifier:
         # Should memory run out, no pointer to a freed cache may stay bound.
         self._binding.clear()
         self._place = None
+        if self._excerpts is not None:
+            self._excerpts.clear()
         self._cache.allocate(num_slots, capacity, moves)
 
     def copy_rows(self, move: RowMove) -> None:
@@ -70,14 +74,23 @@ class OnnxRuntimeVerifier:
         self._cache.clear_rows(slot, first)
 
     def step(self, batch: StepBatch) -> StepOutput:
+        excerpt = None if self._excerpts is None else self._excerpts.of(batch)
+        if excerpt is None:
+            return self._run(batch, self._cache.window(batch.slots.tolist()), batch.slots)
+        places = np.arange(len(batch.slots))
+        output = self._run(batch, excerpt.cache.window(places.tolist()), places)
+        excerpt.put_back()
+        return output
+
+    def _run(self, batch: StepBatch, window: SlotWindow, slots: IntArray) -> StepOutput:
+        """The step over ``slots`` of a window's cache."""
         binding, tokens, wanted = self._binding, batch.num_tokens, len(batch.logit_rows)
-        window = self._cache.window(batch.slots.tolist())
         binding.cache(window)
         binding.input("input_ids", (tokens,))[:] = batch.token_ids
         binding.input("positions", (tokens,))[:] = batch.positions
-        place = (batch.layout, window, batch.slots.tobytes())
+        place = (batch.layout, window, slots.tobytes())
         if self._place != place:
-            self._fill_place(batch, window)
+            self._fill_place(batch.layout, window, slots)
             self._place = place
         output = StepOutput(
             logits=binding.output_rows("logits", (wanted, self._artifact.vocab_size)),
@@ -88,17 +101,19 @@ class OnnxRuntimeVerifier:
         binding.run()
         return output
 
-    def _fill_place(self, batch: StepBatch, window: SlotWindow) -> None:
+    def _fill_place(self, layout: BatchLayout, window: SlotWindow, slots: IntArray) -> None:
         """Inputs that say where tokens go: the same for as long as the same requests have as many tokens each."""
-        binding, layout, tokens = self._binding, batch.layout, batch.num_tokens
+        binding, tokens = self._binding, len(layout.columns)
         binding.input("columns", (tokens,))[:] = layout.columns
         binding.input("logit_rows", layout.logit_rows.shape)[:] = layout.logit_rows
         rows = binding.input("rows", (tokens,))
-        np.subtract(batch.slots[layout.segment_of], window.first, out=rows)
+        np.subtract(slots[layout.segment_of], window.first, out=rows)
         query_index = binding.input("query_index", (window.count, max(layout.longest, self._min_columns)))
         query_index[:] = 0
         query_index[rows, layout.columns] = np.arange(tokens)
 
     def close(self) -> None:
         self._binding.clear()
+        if self._excerpts is not None:
+            self._excerpts.clear()
         self._cache.clear()

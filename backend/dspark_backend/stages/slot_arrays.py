@@ -36,6 +36,11 @@ class SlotArrays:
         ]
         self._windows: dict[tuple[int, int], SlotWindow] = {}
 
+    @property
+    def capacity(self) -> int:
+        """Rows of a slot."""
+        return self.arrays[0].shape[2]
+
     def window(self, slots: Sequence[int]) -> SlotWindow:
         """The smallest window that holds all of ``slots``, at least one."""
         first, last = min(slots), max(slots)
