@@ -10,7 +10,7 @@ import pytest
 from dspark_load import interval, prompts, report
 from dspark_load.answer import Answer
 from dspark_load.cell import Cell, Load, default_policies, order
-from dspark_load.comparison import LEVELS, against_best, at, frontier, matched
+from dspark_load.comparison import LEVELS, against_best, at, frontier, matched, quotient
 from dspark_load.errors import LoadError
 from dspark_load.journal import Journal
 from dspark_load.limits import Limits
@@ -165,6 +165,32 @@ class TestComparison:
         ]
         assert found[0].ratio.value == pytest.approx(0.42 / 0.30)
         assert found[1].ratio.value == pytest.approx(0.42 / 0.50)
+
+    def test_a_quotient_is_the_geometric_mean_over_the_parts_that_both_have(self):
+        ours = [segment("causal", 1, [itl] * 5, part) for part, itl in enumerate((0.01, 0.02, 0.04))]
+        theirs = [segment("off", 1, [itl] * 5, part) for part, itl in enumerate((0.02, 0.02))]
+        slower, equal = (0.1 + 20 * 0.02) / (0.1 + 20 * 0.01), 1.0
+        assert quotient(ours, theirs).value == pytest.approx((slower * equal) ** 0.5)
+        alone = quotient(ours[2:], theirs)
+        assert alone.value == pytest.approx(0.5 / 0.9)
+
+    def test_a_quotient_is_covered_whatever_the_answers_lengths_say(self):
+        """Answers differ by a third, alike for both; what tells is how alike the machine was for both of a part."""
+        random, hits, widths, pooled, runs = np.random.default_rng(5), 0, [], [], 60
+        for _ in range(runs):
+            ours, theirs = [], []
+            for part in range(8):
+                spread = random.lognormal(0.0, 0.3, 24)
+                pace = random.normal(1.0, 0.2)
+                ours.append(paced(part, pace * random.lognormal(0.0, 0.04), spread))
+                theirs.append(paced(part, pace * random.lognormal(0.0, 0.04), spread))
+            found = quotient(ours, theirs)
+            hits += found.low <= 1.0 <= found.high
+            widths.append(found.high - found.low)
+            whole = measured(ours, 0).over(measured(theirs, 1))
+            pooled.append(whole.high - whole.low)
+        assert 0.8 <= hits / runs < 1.0
+        assert np.median(widths) < 0.8 * np.median(pooled)
 
     def test_frontier_drops_what_another_point_beats(self):
         points = [(10.0, 10.0), (20.0, 8.0), (18.0, 7.0), (30.0, 3.0), (30.0, 2.0)]

@@ -45,11 +45,14 @@ class Campaign:
 
     def missing(self) -> bool:
         return any(
-            not self.journal.has(Cell(policy, load), part)
-            for part in range(self.given.parts)
-            for load in self.given.loads
-            for policy in self.policies
+            not self.journal.has(Cell(policy, load), part) for part, load in self.places() for policy in self.policies
         )
+
+    def places(self) -> list[tuple[int, Load]]:
+        """What is measured, in order: all loads of a part, then the next part."""
+        given = self.given
+        parts = {"closed": given.parts, "open": given.open_parts}
+        return [(part, load) for part in range(max(parts.values())) for load in given.loads if part < parts[load.mode]]
 
     def run(self, tool: PerfAnalyzer, target: Target) -> None:
         """Every policy of a load in turns, then the next load; stops where the next load would not fit the time."""
@@ -57,17 +60,16 @@ class Campaign:
         warm = [(self.asked[0], policy) for policy in self.policies]
         tool.measure(target, Load("closed", 1.0), warm, WARM_TOKENS, scratch, self.given.timeout)
         begin, longest = time.monotonic(), 0.0
-        for part in range(self.given.parts):
-            for load in self.given.loads:
-                left = [Cell(policy, load) for policy in order(self.policies, part)]
-                left = [cell for cell in left if not self.journal.has(cell, part)]
-                started = time.monotonic()
-                if self.given.minutes and left and started - begin + longest > 60 * self.given.minutes:
-                    log.info("%g minutes are over: repeat the command to go on", self.given.minutes)
-                    return
-                for cell in left:
-                    self.journal.add(self.measure(tool, target, cell, part, scratch))
-                longest = max(longest, time.monotonic() - started)
+        for part, load in self.places():
+            left = [Cell(policy, load) for policy in order(self.policies, part)]
+            left = [cell for cell in left if not self.journal.has(cell, part)]
+            started = time.monotonic()
+            if self.given.minutes and left and started - begin + longest > 60 * self.given.minutes:
+                log.info("%g minutes are over: repeat the command to go on", self.given.minutes)
+                return
+            for cell in left:
+                self.journal.add(self.measure(tool, target, cell, part, scratch))
+            longest = max(longest, time.monotonic() - started)
 
     def measure(self, tool: PerfAnalyzer, target: Target, cell: Cell, part: int, scratch: Path) -> Segment:
         """One segment. All policies of a load and part get the same prompts in the same order."""
@@ -80,7 +82,7 @@ class Campaign:
         log.info(
             "part %d/%d  %s  %s: %.0f tokens/s in all%s",
             part + 1,
-            self.given.parts,
+            max(self.given.parts, self.given.open_parts),
             cell.load,
             cell.policy,
             segment.aggregate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from dspark_load.throughput import measured
 OURS = ("causal", "lagged")
 BASES = ("off", "fixed:1")
 LEVELS = 5
+MIN_PARTS = 5
 
 
 @dataclass(frozen=True)
@@ -32,25 +34,46 @@ class AgainstBest:
 
 
 def against_best(segments: Sequence[Segment]) -> list[AgainstBest]:
-    """For every closed loop and scheduler; loads without another policy are left out.
+    """For every closed loop and scheduler; loads without another policy are left out. Means are geometric, over parts.
 
     In an open loop all policies that keep up have the throughput of the arrivals.
     """
     grouped = by_cell([segment for segment in segments if segment.cell.load.mode == "closed"])
     found = []
     for load in sorted({cell.load for cell in grouped}):
-        speeds = {
-            cell.policy: measured(mine, seed) for seed, (cell, mine) in enumerate(grouped.items()) if cell.load == load
-        }
-        others = [policy for policy in speeds if policy not in OURS]
+        cells = {cell.policy: mine for cell, mine in grouped.items() if cell.load == load}
+        others = [policy for policy in cells if policy not in OURS]
         if others:
-            best = max(others, key=lambda policy: speeds[policy].value)
+            best = max(others, key=lambda policy: _level(cells[policy]))
             found += [
-                AgainstBest(load, policy, best, speeds[policy].over(speeds[best]))
+                AgainstBest(load, policy, best, quotient(cells[policy], cells[best]))
                 for policy in OURS
-                if policy in speeds
+                if policy in cells
             ]
     return found
+
+
+def _level(segments: Sequence[Segment]) -> float:
+    return statistics.fmean(math.log(segment.aggregate) for segment in segments)
+
+
+def quotient(ours: Sequence[Segment], theirs: Sequence[Segment]) -> Estimate:
+    """Tokens/s in all of one policy over another's: the geometric mean of the parts' ratios.
+
+    A part asks both the same prompts, minutes apart, so that its ratio is one observation: the interval resamples them.
+    Of fewer than MIN_PARTS that would say little, and answers are resampled, too, as if both had had others.
+    """
+    mine, base = ({segment.part: segment.aggregate for segment in some} for some in (ours, theirs))
+    common = sorted(mine.keys() & base.keys())
+    if not common:
+        return measured(ours, 0).over(measured(theirs, 1))
+    logs = [math.log(mine[part] / base[part]) for part in common]
+    value = math.exp(statistics.fmean(logs))
+    if len(common) >= MIN_PARTS:
+        return interval.around(value, np.exp(interval.resampled(logs, interval.mean)))
+    pooled = measured(ours, 0).over(measured(theirs, 1))
+    shift = value / pooled.value
+    return Estimate(value, pooled.low * shift, pooled.high * shift)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--open-seconds", type=float, default=8.0, help="length of an open loop; default 8")
     parser.add_argument("--tokens", type=int, default=48, help="of an answer, in the mean")
     parser.add_argument("--parts", type=int, default=2, help="times that everything is measured")
+    parser.add_argument("--open-parts", type=int, help="times that open loops are; default: as --parts")
     parser.add_argument("--minutes", type=float, help="begin no load that would end later")
     parser.add_argument("--ttft-limit", type=float, default=1000.0, metavar="MS", help="SLO; default 1000")
     parser.add_argument("--itl-limit", type=float, default=50.0, metavar="MS", help="SLO; default 50")
@@ -50,8 +51,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("expected --url HOST:PORT, or --verifier DIR and --drafter DIR")
     if any(streams < 1 for streams in given.streams) or any(rate <= 0 for rate in given.rates):
         parser.error("--streams, --rates: expected numbers above 0")
-    if given.tokens < 2 or given.parts < 1:
-        parser.error("expected --tokens of at least 2 and --parts of at least 1")
+    if given.open_parts is None:
+        given.open_parts = given.parts
+    if given.tokens < 2 or min(given.parts, given.open_parts) < 1:
+        parser.error("expected --tokens of at least 2, --parts and --open-parts of at least 1")
     given.cache = given.cache.expanduser().resolve()
     given.limits = Limits(given.ttft_limit / 1e3, given.itl_limit / 1e3)
     given.loads = [Load("closed", float(streams)) for streams in given.streams]
