@@ -283,17 +283,24 @@ class Engine:
         try:
             self._speculator.feed(sequence, features[: len(token_ids)])
         except Exception as error:  # whatever the runtime raises must not end the engine
-            self._lose_drafter([sequence], error)
+            if sequence.finish_reason is None:
+                self._lose_drafter([sequence], error)
+            else:
+                self._forgo_context(sequence)
 
     def _emit(self, sequence: SequenceState) -> None:
         """Send what is new of a sequence. Of one that is finished, what may be of use to others stays in the cache."""
         if self._speculator is not None and sequence.finish_reason is not None and self._config.prefix_reuse:
             try:
                 self._speculator.keep(sequence)
-            except Exception:  # whatever the runtime raises must not cost an answer that is complete
-                logger.exception("the drafter failed; rows of a finished answer cannot be used again")
-                sequence.held_slot.context_length = 0
+            except Exception:  # whatever the runtime raises must not end the engine
+                self._forgo_context(sequence)
         self.roster.emit(sequence)
+
+    def _forgo_context(self, sequence: SequenceState) -> None:
+        """The drafter raised, but the answer is complete and not lost. Call while the exception is handled."""
+        logger.exception("the drafter failed; rows of a finished answer cannot be used again")
+        sequence.held_slot.context_length = 0
 
     def _flush(self, sequence: SequenceState) -> None:
         """Rows of a sequence that wait for the drafter go there now, so that others can start from them."""

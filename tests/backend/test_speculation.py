@@ -236,6 +236,22 @@ def test_rows_that_cannot_be_put_aside_cost_their_request(speculating, monkeypat
     assert not driver.engine.cache.active
 
 
+@pytest.mark.parametrize(("tokens", "lost"), [(28, False), (29, True)])
+def test_rows_that_cannot_be_flushed_cost_no_complete_answer(speculating, monkeypatch, tokens, lost):
+    """The 257th row that waits for the drafter is that of the 28th token."""
+    driver = speculating(cost=DEAR, policy="causal")
+    driver.run(ids(*prompt(1, 9), max_tokens=4))
+
+    def fail(rows):
+        raise RuntimeError("no context today")
+
+    monkeypatch.setattr(driver.drafter, "commit_context", fail)
+    (sink,) = driver.run(ids(*prompt(4, 230), max_tokens=tokens))
+    assert (sink.failure is not None) == lost
+    assert lost or len(sink.tokens()) == tokens
+    assert not driver.engine.cache.active
+
+
 def test_sequences_of_one_request(speculating):
     wanted, golden = golden_request("qwen3_gated", num_sequences=3, draft_policy="fixed:64")
     (sink,) = speculating("qwen3_gated").run(wanted)
