@@ -167,6 +167,7 @@ class Engine:
             if sequence.slot is None:
                 return
         hit = self.cache.reuse_prefix(slot, prompt, most, with_context=drafts)
+        sequence.reused_rows = hit
         sequence.draft.context_length = slot.context_length
         self.metrics.prefix_cache_hit_tokens_total.add(hit)
 
@@ -314,10 +315,13 @@ class Engine:
     def _lose_drafter(self, sequences: Sequence[SequenceState], error: BaseException) -> None:
         """The drafter raised: what it had in hand fails. Call while the exception is handled."""
         logger.exception("the drafter failed")
+        # Rows that were on their way may not have arrived: nobody may reuse them. Of all first: with a sequence its
+        # siblings lose their slots.
         for sequence in sequences:
             if sequence.slot is not None:
-                # Rows that were on their way may not have arrived: nobody may reuse them.
                 sequence.slot.context_length = 0
+        for sequence in sequences:
+            if sequence.slot is not None:
                 self.roster.fail(sequence.state, InternalError(f"the drafter failed: {error}"))
 
     def _observe(self, sequence: SequenceState, block: Block, accepted: int, judged: int) -> None:

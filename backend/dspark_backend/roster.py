@@ -112,6 +112,9 @@ class Roster:
         """Give back the slot of a sequence that runs no more."""
         if sequence in self.prefilling:
             self.prefilling.remove(sequence)
+            if sequence.prefill_started and sequence.slot is not None:
+                # No logits said that these rows are finite, and NaN would reach the slot's next owner through the mask.
+                self._cache.scrub(sequence.slot, sequence.reused_rows)
         if sequence in self.verifying:
             self.verifying.remove(sequence)
         if sequence.slot is not None:

@@ -72,6 +72,8 @@ class SequenceState:
         """Tells it from all other sequences of this process."""
         self.slot: Slot | None = None
         self.prefill_started = False
+        self.reused_rows = 0
+        """Of its slot, that earlier sequences computed."""
         self.context = SamplingContext(prompt)
         # Depths that weigh requests against each other must know nothing of what these numbers will decide. Requests
         # with one seed, together or one after another, would tell: under an adaptive policy it has no effect.

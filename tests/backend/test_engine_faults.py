@@ -123,6 +123,27 @@ class TestFaults:
         (again,) = driver.run(ids(*prompt(5, 60), max_tokens=5))
         assert again.tokens() == alone(artifact, ids(*prompt(5, 60), max_tokens=5)).tokens()
 
+    @pytest.mark.parametrize(("siblings", "settings"), [(3, {"prefix_reuse": False}), (1, {"prefill_chunk": 64})])
+    def test_rows_of_a_prompt_whose_logits_nobody_saw(self, artifact, siblings, settings):
+        """Siblings of a sequence that falls with its prompt, and a prompt that is cancelled before its last chunk."""
+        driver = self.driver(artifact, **settings)
+
+        def spoil(batch, output):
+            for array in driver.stage.inner._cache.arrays:
+                array[batch.slots, :, 40] = np.nan
+            output.logits[:] = output.top_logit[:] = np.nan
+            return output
+
+        driver.stage.after = spoil
+        state, sink = driver.submit(ids(*prompt(5, 60 if siblings > 1 else 100), max_tokens=5, num_sequences=siblings))
+        driver.engine.step()
+        state.cancelled = True
+        driver.engine.step()
+        assert sink.failure is not None
+        driver.stage.after = lambda batch, output: output
+        others = driver.run(*[ids(*prompt(seed, 9), max_tokens=10) for seed in range(6, 9)])
+        assert [len(other.tokens()) for other in others] == [10, 10, 10]
+
     def test_a_sink_that_raises_costs_its_request(self, artifact):
         class Deaf(KeepingSink):
             def delta(self, delta, last):

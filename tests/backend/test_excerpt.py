@@ -83,7 +83,7 @@ def test_rows_of_others_stay(stage):
 @pytest.mark.parametrize(
     ("batch", "capacity"),
     [
-        (pieces((0, 0, 31)), 320),  # a row copied for more than a quarter of a token
+        (pieces((0, 0, 31)), 320),  # more than four rows copied a token
         (pieces((0, 100, 20), (1, 0, 1)), 320),  # few tokens behind many
         (pieces((0, 0, 40)), 128),  # nothing smaller
         (pieces((0, 0, 200)), 320),  # hardly smaller

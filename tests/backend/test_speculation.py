@@ -236,6 +236,24 @@ def test_rows_that_cannot_be_put_aside_cost_their_request(speculating, monkeypat
     assert not driver.engine.cache.active
 
 
+def test_a_failed_draft_leaves_no_promise_of_rows(speculating, monkeypatch):
+    """The rows of all siblings were on their way to the drafter: none may be reused, whoever of them fails first."""
+    driver = speculating(policy="fixed:3", prefix_reuse=True)
+    draft = driver.drafter.draft
+
+    def fail(batch):
+        if len(batch.anchors) < 3:
+            return draft(batch)
+        raise RuntimeError("no draft today")
+
+    monkeypatch.setattr(driver.drafter, "draft", fail)
+    (sink,) = driver.run(ids(*prompt(1, 40), max_tokens=20, num_sequences=3))
+    assert "no draft today" in str(sink.failure)
+    held = [slot for slot in driver.engine.cache._slots if slot.length]
+    assert len(held) == 3
+    assert [slot.context_length for slot in held] == [0, 0, 0]
+
+
 @pytest.mark.parametrize(("tokens", "lost"), [(28, False), (29, True)])
 def test_rows_that_cannot_be_flushed_cost_no_complete_answer(speculating, monkeypatch, tokens, lost):
     """The 257th row that waits for the drafter is that of the 28th token."""

@@ -47,6 +47,8 @@ class Wave:
 
     @property
     def per_second(self) -> float:
+        if not self.seconds:
+            raise SystemExit("no round had all streams past their prompts: ask for more --tokens")
         return self.tokens / self.seconds
 
 

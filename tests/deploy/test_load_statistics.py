@@ -60,6 +60,10 @@ class TestInterval:
         assert (found.low, found.value, found.high) == (1.0, 1.5, 2.0)
         assert interval.estimate(values, interval.mean).high < 1.7
 
+    def test_students_quantiles(self):
+        for freedom, expected in ((4, 2.776), (7, 2.365), (11, 2.201), (30, 2.042)):
+            assert interval.student(freedom) == pytest.approx(expected, rel=0.005)
+
     def test_nothing_has_no_estimate(self):
         with pytest.raises(ValueError, match="at least one"):
             interval.estimate([], interval.mean)
@@ -189,8 +193,8 @@ class TestComparison:
             widths.append(found.high - found.low)
             whole = measured(ours, 0).over(measured(theirs, 1))
             pooled.append(whole.high - whole.low)
-        assert 0.8 <= hits / runs < 1.0
-        assert np.median(widths) < 0.8 * np.median(pooled)
+        assert hits / runs >= 0.88
+        assert np.median(widths) < np.median(pooled)
 
     def test_frontier_drops_what_another_point_beats(self):
         points = [(10.0, 10.0), (20.0, 8.0), (18.0, 7.0), (30.0, 3.0), (30.0, 2.0)]

@@ -15,7 +15,8 @@ _STEP = 64
 _LEAST = 128
 """Rows of a slot, at least."""
 _COPIED = 4
-"""Rows of an excerpt, at most, for each token of the step: they are copied, and take memory beside the cache's."""
+"""Rows of an excerpt, at most, for each token of the step: they are copied, and take memory beside the cache's, outside
+the engine's budget (as many rows as so many chunks of prompts have tokens)."""
 _SHARE = 0.75
 """Of the cache's capacity, at most: less would not be saved."""
 

@@ -89,6 +89,7 @@ class OnnxRuntimeDrafter:
         _fill_context(binding, batch.context, window)
         place = (window, width, batch.slots.tobytes())
         if self._place != place:
+            self._place = None
             block_rows = binding.input("block_rows", (count,))
             np.subtract(batch.slots, window.first, out=block_rows)
             query_index = binding.input("query_index", (window.count, max(width, self._min_columns)))
@@ -114,6 +115,7 @@ class OnnxRuntimeDrafter:
     def close(self) -> None:
         self._draft.clear()
         self._context.clear()
+        self._place = None
         self._cache.clear()
 
 

@@ -90,6 +90,7 @@ class OnnxRuntimeVerifier:
         binding.input("positions", (tokens,))[:] = batch.positions
         place = (batch.layout, window, slots.tobytes())
         if self._place != place:
+            self._place = None
             self._fill_place(batch.layout, window, slots)
             self._place = place
         output = StepOutput(
@@ -114,6 +115,7 @@ class OnnxRuntimeVerifier:
 
     def close(self) -> None:
         self._binding.clear()
+        self._place = None
         if self._excerpts is not None:
             self._excerpts.clear()
         self._cache.clear()

@@ -44,7 +44,8 @@ def against_best(segments: Sequence[Segment]) -> list[AgainstBest]:
         cells = {cell.policy: mine for cell, mine in grouped.items() if cell.load == load}
         others = [policy for policy in cells if policy not in OURS]
         if others:
-            best = max(others, key=lambda policy: _level(cells[policy]))
+            common = set.intersection(*({segment.part for segment in cells[policy]} for policy in others))
+            best = max(others, key=lambda policy: _level(cells[policy], common))
             found += [
                 AgainstBest(load, policy, best, quotient(cells[policy], cells[best]))
                 for policy in OURS
@@ -53,15 +54,17 @@ def against_best(segments: Sequence[Segment]) -> list[AgainstBest]:
     return found
 
 
-def _level(segments: Sequence[Segment]) -> float:
-    return statistics.fmean(math.log(segment.aggregate) for segment in segments)
+def _level(segments: Sequence[Segment], parts: set[int]) -> float:
+    """Mean logarithm of tokens/s in all, over these parts, or over all where that is none."""
+    return statistics.fmean(math.log(segment.aggregate) for segment in segments if not parts or segment.part in parts)
 
 
 def quotient(ours: Sequence[Segment], theirs: Sequence[Segment]) -> Estimate:
     """Tokens/s in all of one policy over another's: the geometric mean of the parts' ratios.
 
-    A part asks both the same prompts, minutes apart, so that its ratio is one observation: the interval resamples them.
-    Of fewer than MIN_PARTS that would say little, and answers are resampled, too, as if both had had others.
+    A part asks both the same prompts, minutes apart, so that its ratio is one observation: from MIN_PARTS on the
+    interval is Student's, of their logarithms. Fewer would say little, and answers are resampled, too, as if both had
+    had others.
     """
     mine, base = ({segment.part: segment.aggregate for segment in some} for some in (ours, theirs))
     common = sorted(mine.keys() & base.keys())
@@ -70,8 +73,10 @@ def quotient(ours: Sequence[Segment], theirs: Sequence[Segment]) -> Estimate:
     logs = [math.log(mine[part] / base[part]) for part in common]
     value = math.exp(statistics.fmean(logs))
     if len(common) >= MIN_PARTS:
-        return interval.around(value, np.exp(interval.resampled(logs, interval.mean)))
-    pooled = measured(ours, 0).over(measured(theirs, 1))
+        reach = interval.student(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+        return Estimate(value, value * math.exp(-reach), value * math.exp(reach))
+    both = ([segment for segment in some if segment.part in common] for some in (ours, theirs))
+    pooled = measured(next(both), 0).over(measured(next(both), 1))
     shift = value / pooled.value
     return Estimate(value, pooled.low * shift, pooled.high * shift)
 

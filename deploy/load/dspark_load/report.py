@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dspark_load.comparison import AgainstBest, Matched
+from dspark_load.comparison import MIN_PARTS, AgainstBest, Matched
 from dspark_load.interval import Estimate
 from dspark_load.limits import Limits
 from dspark_load.row import Row
@@ -70,7 +70,11 @@ def best(found: Sequence[AgainstBest]) -> str:
         [str(one.load), one.policy, one.best, one.ratio.text(3), "yes" if one.ratio.value >= 0.97 else "**no**"]
         for one in found
     ]
-    return table(headings, lines, 3)
+    spread = (
+        "Geometric means over parts, each of which asked both policies the same prompts. In brackets: 95%; from "
+        f"{MIN_PARTS} parts on Student's interval of the parts' ratios, else resampled over parts and answers."
+    )
+    return f"{spread}\n\n{table(headings, lines, 3)}"
 
 
 def gains(found: Sequence[Matched]) -> str:

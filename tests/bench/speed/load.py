@@ -62,7 +62,7 @@ class Load:
     tokens: int
     """Received by all streams meanwhile, those of uncounted answers included."""
     seconds: float
-    """From the first counted request to the end of the last one."""
+    """From when all streams had begun to the end of the last counted answer."""
 
 
 @dataclass
@@ -73,18 +73,18 @@ class _Run:
     fillers: Iterator[BenchPrompt]
     keep_up: bool
     left: int
+    crowd: int
+    """Streams whose first, uncounted answer has no token yet."""
     answers: list[Answer] = field(default_factory=list)
     tokens: int = 0
-    began: float = 0.0
-    """When the first counted request was sent; 0 before."""
+    began: float = field(default_factory=time.perf_counter)
+    """When the crowd of the beginning was gone."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def stream(self, lead: int) -> None:
         """One user: asks its next question as soon as the last is answered; the first for ``lead`` tokens alone."""
         if lead:
             await self.ask(next(self.fillers), lead)
-        if not self.began:
-            self.began, self.tokens = time.perf_counter(), 0
         while self.waiting:
             self.answers.append(await self.ask(self.waiting.popleft()))
             self.left -= 1
@@ -103,7 +103,12 @@ class _Run:
             async for piece in pieces:
                 if piece.token_ids:
                     last = time.perf_counter()
-                    first = first if ids else last
+                    if not ids:
+                        first = last
+                        if tokens is not None:
+                            self.crowd -= 1
+                            if self.crowd == 0:
+                                self.began, self.tokens = last, 0
                     ids += piece.token_ids
                     self.tokens += len(piece.token_ids)
                 usage = piece.usage or usage
@@ -146,8 +151,9 @@ def run(
     async def go() -> Load:
         options = GenerateOptions(max_tokens=tokens, ignore_eos=True, temperature=0.0, draft_policy=policy)
         async with AsyncDSparkClient(url) as client:
-            work = _Run(client, options, deque(prompts), itertools.cycle(fillers), keep_up, len(prompts))
             leads = spread(tokens, streams) if keep_up else [0] * streams
+            crowd = sum(lead > 0 for lead in leads)
+            work = _Run(client, options, deque(prompts), itertools.cycle(fillers), keep_up, len(prompts), crowd)
             users = [asyncio.create_task(work.stream(lead)) for lead in leads]
             ended = asyncio.create_task(work.done.wait())
             if keep_up:  # a user ends before `done` only by failing
