@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from dspark_load import interval, prompts, report
+from dspark_load import interval, options, prompts, report
+from dspark_load.__main__ import Campaign
 from dspark_load.answer import Answer
 from dspark_load.cell import Cell, Load, default_policies, order
 from dspark_load.comparison import LEVELS, against_best, at, frontier, matched, quotient
@@ -250,6 +251,16 @@ class TestOrder:
         seen = [order(policies, part) for part in range(4)]
         assert all(sorted(names) == sorted(policies) for names in seen)
         assert len({names[0] for names in seen}) > 1
+
+    def test_open_loops_may_have_fewer_parts(self, tmp_path):
+        arguments = ["--url", "somewhere:8001", "--streams", "1", "--rates", "2", "--parts", "3"]
+        closed, opened = Load("closed", 1.0), Load("open", 2.0)
+        for more, expected in (
+            ([], [(part, load) for part in range(3) for load in (closed, opened)]),
+            (["--open-parts", "1"], [(0, closed), (0, opened), (1, closed), (2, closed)]),
+        ):
+            given = options.parse([*arguments, *more])
+            assert Campaign(given, [], [], Journal(tmp_path / "segments.jsonl", {})).places() == expected
 
     def test_requests_of_a_load(self):
         for streams in (1, 2, 8, 64):
