@@ -48,6 +48,8 @@ class Excerpts:
 
     def of(self, batch: StepBatch) -> Excerpt | None:
         """None where it would not pay: for a few tokens behind many, or where the whole cache is hardly larger."""
+        if len(batch.slots) * _LEAST > _COPIED * batch.num_tokens:
+            return None  # as every decoding step: nothing else is worth computing for it
         offsets = batch.offsets
         starts = batch.positions[offsets[:-1]].tolist()
         ends = (batch.positions[offsets[1:] - 1] + 1).tolist()

@@ -61,10 +61,7 @@ class OnnxRuntimeVerifier:
 
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
         # Should memory run out, no pointer to a freed cache may stay bound.
-        self._binding.clear()
-        self._place = None
-        if self._excerpts is not None:
-            self._excerpts.clear()
+        self._unbind()
         self._cache.allocate(num_slots, capacity, moves)
 
     def copy_rows(self, move: RowMove) -> None:
@@ -114,8 +111,12 @@ class OnnxRuntimeVerifier:
         query_index[rows, layout.columns] = np.arange(tokens)
 
     def close(self) -> None:
+        self._unbind()
+        self._cache.clear()
+
+    def _unbind(self) -> None:
+        """Let go of everything that points to the cache."""
         self._binding.clear()
         self._place = None
         if self._excerpts is not None:
             self._excerpts.clear()
-        self._cache.clear()

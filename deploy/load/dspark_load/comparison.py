@@ -75,8 +75,8 @@ def quotient(ours: Sequence[Segment], theirs: Sequence[Segment]) -> Estimate:
     if len(common) >= MIN_PARTS:
         reach = interval.student(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
         return Estimate(value, value * math.exp(-reach), value * math.exp(reach))
-    both = ([segment for segment in some if segment.part in common] for some in (ours, theirs))
-    pooled = measured(next(both), 0).over(measured(next(both), 1))
+    ours, theirs = ([segment for segment in some if segment.part in common] for some in (ours, theirs))
+    pooled = measured(ours, 0).over(measured(theirs, 1))
     shift = value / pooled.value
     return Estimate(value, pooled.low * shift, pooled.high * shift)
 
