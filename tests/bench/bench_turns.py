@@ -5,6 +5,8 @@ one policy, and the same prompts with the next policy seconds later, in an order
 slows the machine for a minute slows them all. Counted are the rounds in which every stream is past its prompt; server
 and client are left out. Ratios are means over waves with their standard errors.
 
+With ``--answers 5`` a wave is a closed loop, prompts and all: every stream asks again as soon as it is answered.
+
 Run: PYTHONPATH=tests/support python tests/bench/bench_turns.py --verifier DIR --drafter DIR --prompts DIR
 """
 
@@ -33,11 +35,13 @@ from dspark_backend.request import GenerationRequest
 
 UNKNOWN = CostModel((StepCurve(1, 128, (1,), (1.0,)),))
 """For the engine whose stages are measured."""
+LENGTHS = (0.5, 1.25, 0.75, 1.5, 1.0)
+"""Of a closed loop's answers, in turns, times ``--tokens``: alike, all streams would begin and end together."""
 
 
 @dataclass
 class Wave:
-    """What one policy did with the prompts of one wave, in rounds that every stream shared."""
+    """What one policy did with the prompts of one wave while all streams were busy."""
 
     rounds: int = 0
     tokens: float = 0.0
@@ -45,10 +49,16 @@ class Wave:
     """Tokens that the target ran."""
     seconds: float = 0.0
 
+    def add(self, other: Wave) -> None:
+        self.rounds += other.rounds
+        self.tokens += other.tokens
+        self.verified += other.verified
+        self.seconds += other.seconds
+
     @property
     def per_second(self) -> float:
         if not self.seconds:
-            raise SystemExit("no round had all streams past their prompts: ask for more --tokens")
+            raise SystemExit("no round had all streams past their prompts: ask for more --tokens, or more --answers")
         return self.tokens / self.seconds
 
 
@@ -78,27 +88,57 @@ class Subject:
         return measure(driver.stage, driver.drafter, plan, lambda _what, _done: None)
 
     def wave(self, prompts: Sequence[BenchPrompt], policy: str) -> Wave:
-        """One answer a stream."""
-        engine, found = self._driver.engine, Wave()
+        """One answer a stream; counted are rounds in which all are past their prompts."""
+        verifying, found = self._driver.engine.roster.verifying, Wave()
         for prompt in prompts:
-            self._driver.submit(
-                GenerationRequest(
-                    messages=prompt.messages, max_tokens=self._tokens, ignore_eos=True, draft_policy=policy
-                )
-            )
-        metrics = engine.metrics
-        while not engine.idle:
-            before = len(engine.roster.verifying)
-            tokens, verified = metrics.generation_tokens_total.value, metrics.step_tokens_total.value
-            begin = time.perf_counter()
-            engine.step()
-            seconds = time.perf_counter() - begin
-            if before == len(engine.roster.verifying) == self._streams:
-                found.rounds += 1
-                found.tokens += metrics.generation_tokens_total.value - tokens
-                found.verified += metrics.step_tokens_total.value - verified
-                found.seconds += seconds
+            self._ask(prompt, self._tokens, policy)
+        while not self._driver.engine.idle:
+            before = len(verifying)
+            step = self._step()
+            if before == len(verifying) == self._streams:
+                found.add(step)
         return found
+
+    def loop(self, prompts: Sequence[BenchPrompt], policy: str) -> Wave:
+        """Several answers a stream; counted is the time from the first answer until a stream finds no prompt left."""
+        found, begun = Wave(), False
+        waiting = [
+            (prompt, max(1, round(self._tokens * LENGTHS[place % len(LENGTHS)])))
+            for place, prompt in enumerate(prompts)
+        ]
+        waiting.reverse()
+        while not self._driver.engine.idle or waiting:
+            while waiting and self._busy < self._streams:
+                self._ask(*waiting.pop(), policy)
+            step = self._step()
+            answered = self._busy < self._streams
+            if begun and (waiting or not answered):
+                found.add(step)
+            begun = begun or answered
+        return found
+
+    @property
+    def _busy(self) -> int:
+        roster = self._driver.engine.roster
+        return len(roster.waiting) + len(roster.prefilling) + len(roster.verifying)
+
+    def _ask(self, prompt: BenchPrompt, tokens: int, policy: str) -> None:
+        self._driver.submit(
+            GenerationRequest(messages=prompt.messages, max_tokens=tokens, ignore_eos=True, draft_policy=policy)
+        )
+
+    def _step(self) -> Wave:
+        engine = self._driver.engine
+        metrics = engine.metrics
+        tokens, verified = metrics.generation_tokens_total.value, metrics.step_tokens_total.value
+        begin = time.perf_counter()
+        engine.step()
+        return Wave(
+            rounds=1,
+            tokens=metrics.generation_tokens_total.value - tokens,
+            verified=metrics.step_tokens_total.value - verified,
+            seconds=time.perf_counter() - begin,
+        )
 
 
 def run(given: argparse.Namespace, streams: int, prompts: Sequence[BenchPrompt]) -> dict[str, list[Wave]]:
@@ -107,9 +147,10 @@ def run(given: argparse.Namespace, streams: int, prompts: Sequence[BenchPrompt])
     random = np.random.default_rng(given.seed)
     found: dict[str, list[Wave]] = defaultdict(list)
     for number in track(range(given.warm + given.waves), f"{streams} streams", transient=True):
-        mine = [prompts[(number * streams + place) % len(prompts)] for place in range(streams)]
+        size = streams * given.answers
+        mine = [prompts[(number * size + place) % len(prompts)] for place in range(size)]
         for policy in random.permutation(given.policies).tolist():
-            wave = subject.wave(mine, policy)
+            wave = (subject.wave if given.answers == 1 else subject.loop)(mine, policy)
             if number >= given.warm:
                 found[policy].append(wave)
     return found
@@ -130,16 +171,18 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--policies", nargs="+", default=["off", "fixed:1", "fixed:5", "causal", "lagged"])
     parser.add_argument("--bases", nargs="+", default=["off", "fixed:1", "fixed:5"], help="to compare with")
-    parser.add_argument("--waves", type=int, default=12, help="answers of every stream and policy")
+    parser.add_argument("--waves", type=int, default=12, help="of every policy")
+    parser.add_argument("--answers", type=int, default=1, help="of a stream in a wave: several are a closed loop")
     parser.add_argument("--warm", type=int, default=1, help="waves before, not counted")
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=64, help="of an answer; in a loop, in the mean")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--profile-seconds", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     bases = [policy for policy in given.bases if policy in given.policies]
     prompts = choose(given.prompts, 20, given.seed)
-    table = Table(title="rounds that all streams share: tokens/s in all, and over other policies")
+    shared = "rounds that all streams share" if given.answers == 1 else "closed loops, prompts included"
+    table = Table(title=f"{shared}: tokens/s in all, and over other policies")
     for heading in ("streams", "policy", "ms", "tokens", "verified", "tokens/s", *(f"over {base}" for base in bases)):
         table.add_column(heading, justify="right")
     for streams in given.streams:
