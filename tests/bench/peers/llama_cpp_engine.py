@@ -12,6 +12,9 @@ import xllamacpp
 
 from peers.protocol import Reply, Settings
 
+_UNSENT = -1
+"""Stands for a token whose number is not known."""
+
 
 class LlamaCpp:
     precision = "Q4_1"
@@ -39,10 +42,16 @@ class LlamaCpp:
         begin = first = last = time.perf_counter()
         with urllib.request.urlopen(request) as response:
             for line in response:
-                if line.startswith(b"data: ") and (got := json.loads(line[6:]).get("tokens")):
+                if not line.startswith(b"data: "):
+                    continue
+                event = json.loads(line[6:])
+                if got := event["tokens"]:
                     last = time.perf_counter()
                     first = first if ids else last
                     ids += got
+                elif event["stop"]:
+                    # Where an answer ends within a character, its last tokens are generated but never sent.
+                    ids += [_UNSENT] * (event["tokens_predicted"] - len(ids))
         return Reply(ids, first - begin, last - first)
 
 
