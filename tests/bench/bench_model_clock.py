@@ -13,7 +13,6 @@ Run: PYTHONPATH=tests/support python tests/bench/bench_model_clock.py --verifier
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from speculation import SpeculatingDriver
+from speed.in_engine import asked_in_turn, busy, open_driver
 from speed.prompts import BenchPrompt, choose
 
 import dspark_backend.engine
@@ -35,8 +35,6 @@ from dspark_backend.request import GenerationRequest
 from dspark_backend.stages.batch import StepBatch, StepOutput
 from dspark_backend.stages.draft_batch import DraftBatch, DraftOutput
 
-LENGTHS = (0.5, 1.25, 0.75, 1.5, 1.0)
-"""Of successive answers, over the mean."""
 WAVES = 3
 """Requests a stream, of which the first half wave is not counted."""
 LEAST = 12
@@ -122,47 +120,26 @@ def measure(
     driver: SpeculatingDriver, clock: ModelClock, requests: Sequence[GenerationRequest], streams: int
 ) -> Counts:
     """Keep so many streams busy; counted from when half of them have ended an answer until no request is left."""
-    left = iter(requests)
-    live = [driver.submit(wanted)[1] for wanted in itertools.islice(left, streams)]
-    begin, ended = Counts.of(driver, clock), 0
-    while len(live) == streams:
+    begin = end = Counts.of(driver, clock)
+    counting = False
+    for answered in busy(driver, requests, streams):
+        if not counting and answered >= -(-streams // 2):
+            begin, counting = end, True
         driver.engine.step()
-        for sink in [sink for sink in live if sink.ends]:
-            live.remove(sink)
-            live += [driver.submit(wanted)[1] for wanted in itertools.islice(left, 1)]
-            ended += 1
-            if ended == -(-streams // 2):
-                begin = Counts.of(driver, clock)
-    found = Counts.of(driver, clock).since(begin)
-    while not driver.engine.idle:
-        driver.engine.step()
-    return found
+        end = Counts.of(driver, clock)
+    return end.since(begin)
 
 
 def run(given: argparse.Namespace, streams: int, model: CostModel, prompts: Sequence[BenchPrompt]) -> list[Counts]:
     """Every policy at one number of streams, on one engine, same prompts."""
-    driver = SpeculatingDriver(
-        given.verifier,
-        given.drafter,
-        model,
-        calibrated=True,
-        max_slots=streams,
-        threads=given.threads,
-        kv_budget_mib=4096,
-        prefix_reuse=False,
-    )
+    driver = open_driver(given, model, streams)
     clock = ModelClock(model)
     clock.attach(driver)
     count = max(WAVES * streams, LEAST)
 
-    def asked(index: int, policy: str) -> GenerationRequest:
-        length = max(2, round(given.tokens * LENGTHS[index % len(LENGTHS)]))
-        messages = prompts[index % len(prompts)].messages
-        return GenerationRequest(messages=messages, max_tokens=length, ignore_eos=True, draft_policy=policy)
-
     with clock.running():
         return [
-            measure(driver, clock, [asked(index, policy) for index in range(count)], streams)
+            measure(driver, clock, asked_in_turn(prompts, count, given.tokens, policy), streams)
             for policy in track(given.policies, f"{streams} streams", transient=True)
         ]
 

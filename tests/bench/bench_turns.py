@@ -25,18 +25,15 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from speculation import SpeculatingDriver
+from speed.in_engine import asked, asked_in_turn, busy, open_driver
 from speed.prompts import BenchPrompt, choose
 
 from dspark_backend.cost import CostModel, StepCurve
 from dspark_backend.profile_grid import ProfilePlan
 from dspark_backend.profiling import measure
-from dspark_backend.request import GenerationRequest
 
 UNKNOWN = CostModel((StepCurve(1, 128, (1,), (1.0,)),))
 """For the engine whose stages are measured."""
-LENGTHS = (0.5, 1.25, 0.75, 1.5, 1.0)
-"""Of a closed loop's answers, in turns, times ``--tokens``: alike, all streams would begin and end together."""
 
 
 @dataclass
@@ -68,22 +65,10 @@ class Subject:
     def __init__(self, given: argparse.Namespace, streams: int) -> None:
         self._streams = streams
         self._tokens = given.tokens
-        self._driver = self._open(given, self._cost(given))
-
-    def _open(self, given: argparse.Namespace, cost: CostModel) -> SpeculatingDriver:
-        return SpeculatingDriver(
-            given.verifier,
-            given.drafter,
-            cost,
-            calibrated=True,
-            max_slots=self._streams,
-            threads=given.threads,
-            kv_budget_mib=4096,
-            prefix_reuse=False,
-        )
+        self._driver = open_driver(given, self._cost(given), streams)
 
     def _cost(self, given: argparse.Namespace) -> CostModel:
-        driver = self._open(given, UNKNOWN)
+        driver = open_driver(given, UNKNOWN, self._streams)
         plan = ProfilePlan(max_slots=self._streams, max_seconds=given.profile_seconds)
         return measure(driver.stage, driver.drafter, plan, lambda _what, _done: None)
 
@@ -91,7 +76,7 @@ class Subject:
         """One answer a stream; counted are rounds in which all are past their prompts."""
         verifying, found = self._driver.engine.roster.verifying, Wave()
         for prompt in prompts:
-            self._ask(prompt, self._tokens, policy)
+            self._driver.submit(asked(prompt, self._tokens, policy))
         while not self._driver.engine.idle:
             before = len(verifying)
             step = self._step()
@@ -101,31 +86,13 @@ class Subject:
 
     def loop(self, prompts: Sequence[BenchPrompt], policy: str) -> Wave:
         """Several answers a stream; counted is the time from the first answer until a stream finds no prompt left."""
-        found, begun = Wave(), False
-        waiting = [
-            (prompt, max(1, round(self._tokens * LENGTHS[place % len(LENGTHS)])))
-            for place, prompt in enumerate(prompts)
-        ]
-        waiting.reverse()
-        while not self._driver.engine.idle or waiting:
-            while waiting and self._busy < self._streams:
-                self._ask(*waiting.pop(), policy)
+        found = Wave()
+        requests = asked_in_turn(prompts, len(prompts), self._tokens, policy)
+        for answered in busy(self._driver, requests, self._streams):
             step = self._step()
-            answered = self._busy < self._streams
-            if begun and (waiting or not answered):
+            if answered:
                 found.add(step)
-            begun = begun or answered
         return found
-
-    @property
-    def _busy(self) -> int:
-        roster = self._driver.engine.roster
-        return len(roster.waiting) + len(roster.prefilling) + len(roster.verifying)
-
-    def _ask(self, prompt: BenchPrompt, tokens: int, policy: str) -> None:
-        self._driver.submit(
-            GenerationRequest(messages=prompt.messages, max_tokens=tokens, ignore_eos=True, draft_policy=policy)
-        )
 
     def _step(self) -> Wave:
         engine = self._driver.engine

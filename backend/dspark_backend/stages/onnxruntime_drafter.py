@@ -64,9 +64,7 @@ class OnnxRuntimeDrafter:
         return isinstance(self._cache, SlotArrays)
 
     def allocate(self, num_slots: int, capacity: int, moves: Sequence[RowMove]) -> None:
-        self._draft.clear()
-        self._context.clear()
-        self._place = None
+        self._unbind()
         self._cache.allocate(num_slots, capacity, moves)
 
     def copy_rows(self, move: RowMove) -> None:
@@ -113,10 +111,14 @@ class OnnxRuntimeDrafter:
         return DraftOutput(tokens.copy(), candidates.copy(), probabilities.copy(), confidence.copy())
 
     def close(self) -> None:
+        self._unbind()
+        self._cache.clear()
+
+    def _unbind(self) -> None:
+        """Let go of everything that points to the cache."""
         self._draft.clear()
         self._context.clear()
         self._place = None
-        self._cache.clear()
 
 
 def _fill_context(binding: CpuBinding, context: ContextRows, window: SlotWindow) -> None:
