@@ -84,21 +84,21 @@ def test_rounds_that_turn_out_sure_are_worth_more_than_their_mean():
     assert most_gainful(rounds.mean(axis=0, keepdims=True), limits(1), 1, 128, dear).rows == []
 
 
-def test_of_nearly_equal_depths_the_deepest_is_drafted(monkeypatch):
-    falling = alike(np.tile([0.9, 0.5, 0.27, 0.1], (16, 1)))
+def test_of_nearly_equal_depths_the_shallowest_is_drafted(monkeypatch):
+    falling = alike(np.tile([0.9, 0.75, 0.6, 0.5], (16, 1)))
 
     def choices() -> list[Chosen]:
-        prices = np.linspace(0.0, 0.03, 100).tolist()
+        prices = np.linspace(0.0, 0.01, 100).tolist()
         return [most_gainful(falling, limits(16), 16, 128, cost(0.03, 0.002, slot=slot)) for slot in prices]
 
     chosen = choices()
-    monkeypatch.setattr(drafting_choice, "_DEEPER", 1.0)
+    monkeypatch.setattr(drafting_choice, "_NEARLY", 1.0)
     best = choices()
     assert {one.depth for one in best} >= {1, BLOCK}
     assert all(
-        one.depth >= other.depth and one.gain >= 0.98 * other.gain for one, other in zip(chosen, best, strict=True)
+        one.depth <= other.depth and one.gain >= 0.99 * other.gain for one, other in zip(chosen, best, strict=True)
     )
-    assert any(one.depth > other.depth for one, other in zip(chosen, best, strict=True))
+    assert any(one.depth < other.depth for one, other in zip(chosen, best, strict=True))
 
 
 def test_an_answer_about_to_end_gains_little():
@@ -142,7 +142,7 @@ def test_the_choice_is_never_worse_than_all_or_none(rows, token, draft, place, s
         alternatives += [Chosen(everybody, depth) for depth in (1, 2, 3)]
     # Nobody drafts for less than the margin; whoever does is all but the best of these.
     best = max(map(expected, alternatives))
-    assert expected(chosen) * (1.04 if not chosen.rows else 1 / 0.98) >= best * (1 - 1e-12)
+    assert expected(chosen) * (1.04 if not chosen.rows else 1 / 0.99) >= best * (1 - 1e-12)
     if chosen.rows:
         assert expected(chosen) >= 1.04 * expected(alternatives[0]) * (1 - 1e-12)
 
